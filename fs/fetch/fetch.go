@@ -1,0 +1,332 @@
+// Package fetch brings what is missing: it turns reads of objects into range requests of
+// blobs, and the members that arrive into verified chunks in the store.
+//
+// Three things are asked of a [Queue]: a demand read ([Object.ReadAt]: somebody waits), reading
+// ahead of one (nobody waits yet), and filling ([Queue.Fill]: the rest, so that the node outlives
+// its registry). Demand goes first: a fill that is under way stops taking bytes from the link
+// while a demand read waits for others.
+//
+// The unit of fetching is the member, a compressed stream: it is fetched once however
+// many readers wait for it, and everything in it is kept. The unit of verification is the chunk.
+// No byte leaves this package, to a reader or to the store, that was not checked against
+// its chunk's digest; no error is remembered; and a fetch that has begun goes on when the reader
+// who asked first gives up.
+//
+// Bytes are served from the store. While the store cannot grow (disk full), readers get
+// theirs from memory, and the next reader fetches again.
+package fetch
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"lazuli/fs/store"
+	"lazuli/fs/toc"
+)
+
+// A Blob is compressed bytes at an offset, from wherever.
+type Blob interface {
+	// Range returns bytes off to off+n of the blob as a stream, unverified. A stream that ends
+	// early ends in an error.
+	Range(ctx context.Context, off, n int64) (io.ReadCloser, error)
+}
+
+// A Layer is where objects come from.
+type Layer struct {
+	Name  string // for errors: "layer sha256:…"
+	Table *toc.Table
+	Blob  Blob
+	// Whole brings every object of a layer without members (toc.Whole) into the store. It is not called for
+	// other layers.
+	Whole func(ctx context.Context) error
+
+	members []atomic.Bool // all of the member's chunks were seen in the store
+
+	// Under Queue.mu:
+	streams [4]stream
+	turn    int          // the stream that is replaced next
+	whole   *wholeFlight // nil if the layer is not being fetched whole
+}
+
+// A stream is a run of demand reads that go forward through a blob.
+type stream struct {
+	next   int   // the member behind the last fetched one
+	window int64 // bytes of the blob fetched beyond what was asked for
+}
+
+// Options configures a Queue. Its zero value is the recommendation.
+type Options struct {
+	Logger *slog.Logger // nil is silent
+	// ReadTimeout is how long one read waits for the network before it fails. Zero is a minute.
+	ReadTimeout time.Duration
+}
+
+const (
+	// Somebody waits for a demand read, so its round trip is what counts. Registries and
+	// proxies begin to queue beyond some dozens of requests from one client.
+	demandRequests = 24
+	// Nobody waits for the rest: enough requests to keep the link busy across a round trip.
+	aheadRequests = 8
+	fillRequests  = 3
+
+	// firstWindow is how much is read ahead, in bytes of the blob, at a miss with no history: what costs less
+	// than a quarter of a round trip at 20 ms and 1 Gbit/s (2.5 MB). It doubles at each further
+	// miss in sequence up to maxWindow, about three such round trips.
+	firstWindow = 512 << 10
+	maxWindow   = 8 << 20
+
+	// maxRun is the most that one request asks for when nobody waits.
+	maxRun = 4 << 20
+
+	openObjects = 512 // files kept open
+)
+
+// Stats counts what a Queue did.
+type Stats struct {
+	Requests int64 // range requests begun, retries included
+	Fetched  int64 // bytes of blobs that arrived
+	Needed   int64 // bytes of files that readers waited for
+	Misses   int64 // reads that waited
+	Errors   int64 // reads that failed
+}
+
+// A Queue fetches for all mounted images of a node. It may be used by several goroutines.
+type Queue struct {
+	store   *store.Store
+	log     *slog.Logger
+	timeout time.Duration
+
+	ctx    context.Context // ends at Close; the life of shared fetches
+	cancel context.CancelFunc
+	work   sync.WaitGroup
+
+	mu      sync.Mutex
+	layers  []*Layer
+	flights map[memberID]*flight
+	objects map[store.Key]*Object
+	lru     []*Object // unused open objects, oldest first
+
+	demandSlots, aheadSlots, decoders chan struct{}
+	waiting                           atomic.Int64 // demand reads that wait
+	quiet                             chan struct{}
+	quietMu                           sync.Mutex
+
+	requests, fetched, needed, misses, errors atomic.Int64
+	lastFull                                  atomic.Int64 // when a full store was last logged, in Unix seconds
+}
+
+type memberID struct {
+	layer  *Layer
+	member int
+}
+
+// New returns a queue that fetches into s.
+func New(s *store.Store, o Options) *Queue {
+	q := &Queue{
+		store: s, log: o.Logger, timeout: o.ReadTimeout,
+		flights: map[memberID]*flight{}, objects: map[store.Key]*Object{},
+		demandSlots: make(chan struct{}, demandRequests),
+		aheadSlots:  make(chan struct{}, aheadRequests),
+		decoders:    make(chan struct{}, runtime.GOMAXPROCS(0)),
+	}
+	if q.log == nil {
+		q.log = slog.New(slog.DiscardHandler)
+	}
+	if q.timeout == 0 {
+		q.timeout = time.Minute
+	}
+	q.ctx, q.cancel = context.WithCancel(context.Background())
+	return q
+}
+
+// Close ends all fetches and waits for them. No object may be in use.
+func (q *Queue) Close() error {
+	q.cancel()
+	q.work.Wait()
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	for _, o := range q.objects {
+		o.close()
+	}
+	q.objects, q.lru = nil, nil
+	return nil
+}
+
+// Add makes the objects of l readable. A layer is added once for every image that uses it, each time as a
+// Layer of its own: images may come from different registries.
+func (q *Queue) Add(l *Layer) error {
+	for i := 1; i < l.Table.Len(); i++ {
+		if id(store.Key(l.Table.At(i).Key)) == id(store.Key(l.Table.At(i-1).Key)) {
+			return fmt.Errorf("%s: two objects share the first 63 bits of their keys", l.Name)
+		}
+	}
+	l.members = make([]atomic.Bool, l.Table.NumMembers())
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.layers = append(q.layers, l)
+	return nil
+}
+
+// Remove takes back an Add. The layer's table must stay open until Close.
+func (q *Queue) Remove(l *Layer) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	for i, x := range q.layers {
+		if x == l {
+			q.layers = append(q.layers[:i:i], q.layers[i+1:]...)
+			break
+		}
+	}
+	// Objects remember the layers they come from.
+	for _, o := range q.lru {
+		o.close()
+		delete(q.objects, o.key)
+	}
+	q.lru = nil
+}
+
+// Stats returns what the queue has done so far.
+func (q *Queue) Stats() Stats {
+	return Stats{q.requests.Load(), q.fetched.Load(), q.needed.Load(), q.misses.Load(), q.errors.Load()}
+}
+
+// id returns an object's number: 63 bits of its key, and the upper bit set, so that small numbers are
+// free for others. It says everything there is to know about the object, so that whoever
+// hands ids out need not remember them.
+func id(key store.Key) uint64 { return 1<<63 | binary.BigEndian.Uint64(key[:])>>1 }
+
+// ErrAmbiguous says that two objects have the same number. Honest images do not
+// get there: it takes 2^31 tries to make two such files, 2^62 to make one for a given other.
+var ErrAmbiguous = errors.New("two objects share the first 63 bits of their keys")
+
+// Lookup returns the number and the size in bytes of the object named key, if one of the layers has it.
+func (q *Queue) Lookup(key store.Key) (id_ uint64, size int64, ok bool) {
+	srcs, err := q.find(id(key))
+	if err != nil || len(srcs) == 0 || store.Key(srcs[0].object.Key) != key {
+		return 0, 0, false
+	}
+	return id(key), srcs[0].object.Size, true
+}
+
+// Size returns the size in bytes of the object with a number that Lookup returned.
+func (q *Queue) Size(id uint64) (int64, bool) {
+	srcs, err := q.find(id)
+	if err != nil || len(srcs) == 0 {
+		return 0, false
+	}
+	return srcs[0].object.Size, true
+}
+
+// A source is a layer that holds an object.
+type source struct {
+	layer  *Layer
+	object toc.Object
+}
+
+// find returns the sources of the object numbered id: layers with members before whole ones.
+func (q *Queue) find(id uint64) ([]source, error) {
+	q.mu.Lock()
+	layers := q.layers // appended to and replaced, never changed in place
+	q.mu.Unlock()
+	var lazy, whole []source
+	var key toc.Digest
+	for _, l := range layers {
+		o, ok := l.Table.FindPrefix(id<<1, 63)
+		if !ok {
+			continue
+		}
+		if len(lazy)+len(whole) > 0 && o.Key != key {
+			return nil, ErrAmbiguous
+		}
+		key = o.Key
+		if l.Table.Compression() == toc.Whole {
+			whole = append(whole, source{l, o})
+		} else {
+			lazy = append(lazy, source{l, o})
+		}
+	}
+	return append(lazy, whole...), nil
+}
+
+// waitQuiet returns when no demand read waits, or ctx ends.
+func (q *Queue) waitQuiet(ctx context.Context) error {
+	for q.waiting.Load() > 0 {
+		q.quietMu.Lock()
+		if q.quiet == nil {
+			q.quiet = make(chan struct{})
+		}
+		quiet := q.quiet
+		q.quietMu.Unlock()
+		if q.waiting.Load() == 0 { // the last one left before it could see our channel
+			break
+		}
+		select {
+		case <-quiet:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	return ctx.Err()
+}
+
+// wait counts a demand read as waiting until the returned function is called.
+func (q *Queue) wait() (done func()) {
+	q.waiting.Add(1)
+	return func() {
+		if q.waiting.Add(-1) > 0 {
+			return
+		}
+		q.quietMu.Lock()
+		if q.quiet != nil {
+			close(q.quiet)
+			q.quiet = nil
+		}
+		q.quietMu.Unlock()
+	}
+}
+
+// Fill fetches everything of the layers that is not in the store, in the order of the blobs, and returns
+// when all of it is in, or with the first error.
+func (q *Queue) Fill(ctx context.Context, layers ...*Layer) error {
+	var under []*flight // begun and not yet waited for, oldest first
+	reap := func(keep int) error {
+		for len(under) > keep {
+			f := under[0]
+			under = under[1:]
+			if err := f.wait(ctx); err != nil {
+				return fmt.Errorf("%s: %w", f.id.layer.Name, err)
+			}
+		}
+		return nil
+	}
+	for _, l := range layers {
+		if l.Table.Compression() == toc.Whole {
+			if !q.complete(l) {
+				if err := q.whole(ctx, l); err != nil {
+					return err
+				}
+			}
+			continue
+		}
+		for m := 0; m < l.Table.NumMembers(); {
+			if err := q.waitQuiet(ctx); err != nil {
+				return err
+			}
+			var flights []*flight
+			flights, m = q.startRun(l, m, l.Table.NumMembers(), maxRun, fill)
+			if err := reap(fillRequests * len(flights)); err != nil {
+				return err
+			}
+			under = append(under, flights...)
+		}
+	}
+	return reap(0)
+}

@@ -1,0 +1,564 @@
+package fetch
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/klauspost/compress/gzip"
+	"github.com/klauspost/compress/zstd"
+
+	"lazuli/fs/store"
+	"lazuli/fs/toc"
+)
+
+// A priority says how much a run matters.
+type priority int
+
+const (
+	fill   priority = iota // the rest of an image
+	ahead                  // what a reader is going to want
+	demand                 // somebody waits
+)
+
+// A flight is one member on its way. It is in Queue.flights from before its bytes are asked for
+// until they are in the store, so that nobody asks for them twice.
+type flight struct {
+	id   memberID
+	refs []toc.Ref
+	run  *run
+	done chan struct{}
+	err  error // set before done is closed
+
+	// waiters are counted under Queue.mu and read without it. Chunks that are decoded while somebody
+	// waits are kept in data until the last of them has gone: they may not be in the store.
+	waiters atomic.Int32
+	tries   int // by the goroutine that decodes
+	mu      sync.Mutex
+	data    map[chunkID][]byte
+}
+
+type chunkID struct {
+	key   store.Key
+	chunk int
+}
+
+// A run is neighbouring members that are fetched in one request.
+type run struct {
+	priority priority
+	promoted chan struct{} // closed when somebody waits for one of the flights
+	once     sync.Once
+}
+
+func (r *run) promote() { r.once.Do(func() { close(r.promoted) }) }
+
+// urgent reports whether somebody waits for the run.
+func (r *run) urgent() bool {
+	select {
+	case <-r.promoted:
+		return true
+	default:
+		return r.priority == demand
+	}
+}
+
+// wait returns when the flight has ended, or ctx.
+func (f *flight) wait(ctx context.Context) error {
+	select {
+	case <-f.done:
+		return f.err
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// chunk returns the bytes of a chunk, if the flight kept them.
+func (f *flight) chunk(key store.Key, i int) []byte {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.data[chunkID{key, i}]
+}
+
+func (f *flight) keep(key store.Key, i int, p []byte) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.data == nil {
+		f.data = map[chunkID][]byte{}
+	}
+	f.data[chunkID{key, i}] = p
+}
+
+// release takes back one waiter.
+func (f *flight) release() { f.waiters.Add(-1) }
+
+// demand returns the flights that bring chunks first to last of o from src, nil for chunks that are here,
+// and begins those that are not under way. The caller releases them.
+func (q *Queue) demand(o *Object, src source, first, last int) []*flight {
+	flights := make([]*flight, last-first+1)
+	l := src.layer
+	for i := first; i <= last; i++ {
+		_, m := src.object.Chunk(i)
+		if m < 0 || o.has(i) {
+			continue
+		}
+		f := q.join(l, m)
+		if f == nil {
+			to := m + 1 // how far the members that are asked for reach without a gap
+			for j := i + 1; j <= last; j++ {
+				if _, next := src.object.Chunk(j); next == to && !o.has(j) {
+					to++
+				}
+			}
+			start, _ := l.Table.Member(m)
+			_, end := l.Table.Member(to - 1)
+			q.startRun(l, m, l.Table.NumMembers(), end-start+q.window(l, m, to), demand)
+			f = q.join(l, m)
+		}
+		flights[i-first] = f // nil if it arrived meanwhile
+	}
+	return flights
+}
+
+// join returns the flight of a member with one more waiter, or nil if there is none.
+func (q *Queue) join(l *Layer, m int) *flight {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	f := q.flights[memberID{l, m}]
+	if f != nil {
+		f.waiters.Add(1)
+		f.run.promote()
+	}
+	return f
+}
+
+// flying reports whether chunk i of the source's object is on its way.
+func (q *Queue) flying(src source, i int) bool {
+	_, m := src.object.Chunk(i)
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return q.flights[memberID{src.layer, m}] != nil
+}
+
+// window returns how many bytes of the blob to fetch beyond members first to end-1, for which somebody is going to wait.
+func (q *Queue) window(l *Layer, first, end int) int64 {
+	const near = 8 // members that a reader may skip and still be going forward
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	for i := range l.streams {
+		s := &l.streams[i]
+		if s.window > 0 && first >= s.next && first < s.next+near {
+			s.window = min(2*s.window, maxWindow)
+			s.next = l.memberAt(end, s.window)
+			return s.window
+		}
+	}
+	l.streams[l.turn] = stream{l.memberAt(end, firstWindow), firstWindow}
+	l.turn = (l.turn + 1) % len(l.streams)
+	return firstWindow
+}
+
+// memberAt returns the member that begins n bytes of the blob behind the beginning of member m.
+func (l *Layer) memberAt(m int, n int64) int {
+	if m >= l.Table.NumMembers() {
+		return m
+	}
+	start, _ := l.Table.Member(m)
+	for m < l.Table.NumMembers() {
+		if _, end := l.Table.Member(m); end > start+n {
+			break
+		}
+		m++
+	}
+	return m
+}
+
+// ahead begins to fetch chunks first to last of the source's object.
+func (q *Queue) ahead(src source, first, last int) {
+	for i := first; i <= last; i++ {
+		_, m := src.object.Chunk(i)
+		if m < 0 {
+			continue
+		}
+		end := m + 1
+		for i < last {
+			_, next := src.object.Chunk(i + 1)
+			if next != end-1 && next != end {
+				break
+			}
+			end = next + 1
+			i++
+		}
+		for m < end {
+			_, m = q.startRun(src.layer, m, end, maxRun, ahead)
+		}
+	}
+}
+
+// startRun begins to fetch the members of l from m on that are neither here nor on their
+// way: the first such member, and those that follow it without a gap, before end and within about size bytes of the
+// blob. It returns their flights and the member behind them.
+func (q *Queue) startRun(l *Layer, m, end int, size int64, p priority) ([]*flight, int) {
+	for m < end && q.seen(l, m) {
+		m++
+	}
+	if m == end {
+		return nil, m
+	}
+	// Whether a member is here is asked without the lock, since the answer may need the disk.
+	limit, _ := l.Table.Member(m)
+	limit += size
+	last := m + 1
+	for last < end {
+		if _, e := l.Table.Member(last); e > limit || q.seen(l, last) {
+			break
+		}
+		last++
+	}
+	r := &run{priority: p, promoted: make(chan struct{})}
+	var flights []*flight
+	q.mu.Lock()
+	for ; m < last; m++ {
+		id := memberID{l, m}
+		// A flight that ended since we asked has marked its member before it left the map.
+		if q.flights[id] != nil || l.members[m].Load() {
+			if len(flights) > 0 {
+				break
+			}
+			continue
+		}
+		f := &flight{id: id, refs: l.Table.MemberRefs(m), run: r, done: make(chan struct{})}
+		q.flights[id] = f
+		flights = append(flights, f)
+	}
+	q.mu.Unlock()
+	if len(flights) > 0 {
+		q.work.Go(func() { q.fly(r, flights) })
+	}
+	return flights, m
+}
+
+// seen reports whether everything in a member is in the store.
+func (q *Queue) seen(l *Layer, m int) bool {
+	if l.members[m].Load() {
+		return true
+	}
+	for _, ref := range l.Table.MemberRefs(m) {
+		if q.store.Has(store.Key(ref.Object.Key)) {
+			continue
+		}
+		if ref.Object.NumChunks() == 1 {
+			return false
+		}
+		o, err := q.Open(id(store.Key(ref.Object.Key)))
+		if err != nil {
+			return false
+		}
+		here := o.has(ref.Chunk)
+		o.Close()
+		if !here {
+			return false
+		}
+	}
+	l.members[m].Store(true)
+	return true
+}
+
+// fly brings the flights of a run, which are neighbours.
+func (q *Queue) fly(r *run, flights []*flight) {
+	// A registry that is restarting is back within seconds; readers give up by themselves.
+	const maxAttempts = 6
+	for attempt := 1; ; attempt++ {
+		arrived, err := q.request(r, flights)
+		flights = flights[arrived:]
+		if len(flights) == 0 {
+			return
+		}
+		if arrived > 0 {
+			attempt = 1
+		}
+		if attempt == maxAttempts || q.ctx.Err() != nil {
+			for _, f := range flights {
+				q.finish(f, false, err)
+			}
+			return
+		}
+		select {
+		case <-time.After(retryDelay(attempt)):
+		case <-q.ctx.Done():
+		}
+	}
+}
+
+// request asks for the span of some neighbouring flights, in one range request, and hands each to a
+// decoder when its bytes are in. It returns for how many they came.
+func (q *Queue) request(r *run, flights []*flight) (arrived int, err error) {
+	slot, err := q.slot(r)
+	if err != nil {
+		return 0, err
+	}
+	defer func() { <-slot }()
+	l := flights[0].id.layer
+	start, _ := l.Table.Member(flights[0].id.member)
+	_, end := l.Table.Member(flights[len(flights)-1].id.member)
+	q.requests.Add(1)
+	body, err := l.Blob.Range(q.ctx, start, end-start)
+	if err != nil {
+		return 0, err
+	}
+	defer body.Close()
+	for _, f := range flights {
+		if err := q.yield(r); err != nil {
+			return arrived, err
+		}
+		from, to := l.Table.Member(f.id.member)
+		if to-from > maxBuffered {
+			err = q.land(f, &counter{io.LimitReader(body, to-from), &q.fetched})
+			if err != nil {
+				return arrived, err
+			}
+			arrived++
+			continue
+		}
+		b := buffers.get(int(to - from))
+		n, err := io.ReadFull(body, b)
+		q.fetched.Add(int64(n))
+		if err != nil {
+			return arrived, fmt.Errorf("at byte %d of the blob: %w", from+int64(n), err)
+		}
+		arrived++
+		q.decoders <- struct{}{}
+		q.work.Go(func() {
+			defer func() { <-q.decoders }()
+			q.landOrRetry(f, b)
+		})
+	}
+	return arrived, nil
+}
+
+// maxBuffered is the most compressed bytes of one member that are held in memory. Larger members, which only odd
+// images have, are decoded as they arrive.
+const maxBuffered = 16 << 20
+
+// slot waits until the run may make its request, and returns where to give the slot back.
+func (q *Queue) slot(r *run) (chan struct{}, error) {
+	if !r.urgent() {
+		select {
+		case q.aheadSlots <- struct{}{}:
+			return q.aheadSlots, nil
+		case <-r.promoted:
+		case <-q.ctx.Done():
+			return nil, q.ctx.Err()
+		}
+	}
+	select {
+	case q.demandSlots <- struct{}{}:
+		return q.demandSlots, nil
+	case <-q.ctx.Done():
+		return nil, q.ctx.Err()
+	}
+}
+
+// yield keeps a fill off the link while somebody waits for something else.
+func (q *Queue) yield(r *run) error {
+	if r.priority != fill || r.urgent() || q.waiting.Load() == 0 {
+		return q.ctx.Err()
+	}
+	ctx, cancel := context.WithCancel(q.ctx)
+	defer cancel()
+	stop := make(chan struct{})
+	defer close(stop)
+	go func() { // ends with yield
+		select {
+		case <-r.promoted:
+			cancel()
+		case <-stop:
+		}
+	}()
+	q.waitQuiet(ctx)
+	return q.ctx.Err()
+}
+
+// landOrRetry decodes a member. What does not verify is fetched once more: it may have been damaged on the way.
+func (q *Queue) landOrRetry(f *flight, b []byte) {
+	err := q.land(f, bytes.NewReader(b))
+	buffers.put(b)
+	if err == nil {
+		return
+	}
+	f.tries++
+	if f.tries == 2 || q.ctx.Err() != nil {
+		q.finish(f, false, err)
+		return
+	}
+	q.work.Go(func() { q.fly(f.run, []*flight{f}) })
+}
+
+// land decodes the member that r begins with, verifies its chunks, and stores them: the one place where
+// bytes become trusted. Without an error the flight has ended.
+func (q *Queue) land(f *flight, r io.Reader) error {
+	zr, err := decoder(f.id.layer.Table.Compression(), r)
+	if err != nil {
+		return f.errorf(err)
+	}
+	defer zr.Close()
+	stored := true
+	var at int64 // in bytes of the member
+	for _, ref := range f.refs {
+		c, _ := ref.Object.Chunk(ref.Chunk)
+		if _, err := io.CopyN(io.Discard, zr, c.Inner-at); err != nil {
+			return f.errorf(noEOF(err))
+		}
+		p := buffers.get(int(c.Size))
+		if _, err := io.ReadFull(zr, p); err != nil {
+			return f.errorf(noEOF(err))
+		}
+		at = c.Inner + c.Size
+		if sum := sha256.Sum256(p); sum != c.Digest {
+			return f.errorf(fmt.Errorf("chunk at byte %d of the member is %v, not %v as the TOC says", c.Inner, toc.Digest(sum), c.Digest))
+		}
+		key := store.Key(ref.Object.Key)
+		if err := q.put(key, ref.Chunk, c, p); err != nil {
+			stored = false
+			q.fullStore(err)
+		}
+		if f.waiters.Load() > 0 {
+			f.keep(key, ref.Chunk, p)
+		} else {
+			buffers.put(p)
+		}
+	}
+	q.finish(f, stored, nil)
+	return nil
+}
+
+func (f *flight) errorf(err error) error {
+	start, _ := f.id.layer.Table.Member(f.id.member)
+	return fmt.Errorf("member at byte %d of the blob: %w", start, err)
+}
+
+func noEOF(err error) error {
+	if errors.Is(err, io.EOF) {
+		return io.ErrUnexpectedEOF
+	}
+	return err
+}
+
+// put stores verified bytes.
+func (q *Queue) put(key store.Key, i int, c toc.Chunk, p []byte) error {
+	o, err := q.Open(id(key))
+	if err != nil {
+		return err
+	}
+	defer o.Close()
+	return o.put(i, c, p)
+}
+
+// fullStore reports that the store did not take something, once a minute.
+func (q *Queue) fullStore(err error) {
+	now := time.Now().Unix()
+	if last := q.lastFull.Load(); now-last >= 60 && q.lastFull.CompareAndSwap(last, now) {
+		q.log.Warn("the store does not grow; reads are served from memory and fetched again each time", "err", err)
+	}
+}
+
+// finish ends a flight: its chunks are in the store if stored, in memory for those who wait if not, or err says why neither.
+func (q *Queue) finish(f *flight, stored bool, err error) {
+	f.err = err
+	q.mu.Lock()
+	if err == nil && stored {
+		f.id.layer.members[f.id.member].Store(true)
+	}
+	delete(q.flights, f.id)
+	q.mu.Unlock()
+	close(f.done)
+}
+
+// counter counts what is read through it.
+type counter struct {
+	io.Reader
+	n *atomic.Int64
+}
+
+func (c *counter) Read(p []byte) (int, error) {
+	n, err := c.Reader.Read(p)
+	c.n.Add(int64(n))
+	return n, err
+}
+
+// maxZstdWindow bounds the memory of one zstd decoder. Level 19 uses 8 MiB.
+const maxZstdWindow = 64 << 20
+
+var (
+	gzipPool sync.Pool
+	zstdPool sync.Pool
+)
+
+// decoder returns a reader of one compressed stream's content. Close gives it back.
+func decoder(c toc.Compression, r io.Reader) (io.ReadCloser, error) {
+	switch c {
+	case toc.Gzip:
+		z, _ := gzipPool.Get().(*gzip.Reader)
+		if z == nil {
+			z = new(gzip.Reader)
+		}
+		if err := z.Reset(r); err != nil {
+			return nil, noEOF(err)
+		}
+		z.Multistream(false)
+		return &pooled{z, func() { gzipPool.Put(z) }}, nil
+	case toc.Zstd:
+		z, _ := zstdPool.Get().(*zstd.Decoder)
+		if z == nil {
+			var err error
+			z, err = zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(maxZstdWindow))
+			if err != nil {
+				return nil, err
+			}
+		}
+		if err := z.Reset(r); err != nil {
+			return nil, err
+		}
+		return &pooled{z, func() { z.Reset(nil); zstdPool.Put(z) }}, nil
+	}
+	return nil, fmt.Errorf("unknown compression %d", c)
+}
+
+type pooled struct {
+	io.Reader
+	back func()
+}
+
+func (p *pooled) Close() error { p.back(); return nil }
+
+// A bufferPool lends buffers by size class, so that fetching makes no garbage per chunk.
+type bufferPool [27]sync.Pool // powers of two up to MaxChunkSize
+
+var buffers bufferPool
+
+func class(n int) int {
+	c := 0
+	for 1<<c < n {
+		c++
+	}
+	return c
+}
+
+func (b *bufferPool) get(n int) []byte {
+	if p, _ := b[class(n)].Get().(*[]byte); p != nil {
+		return (*p)[:n]
+	}
+	return make([]byte, n, 1<<class(n))
+}
+
+func (b *bufferPool) put(p []byte) {
+	if c := class(cap(p)); cap(p) == 1<<c {
+		p = p[:cap(p)]
+		b[c].Put(&p)
+	}
+}

@@ -1,0 +1,124 @@
+package serve
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"io"
+	"log/slog"
+	"time"
+
+	"github.com/hanwen/go-fuse/v2/fuse"
+
+	"lazuli/fs/fetch"
+	"lazuli/fs/store"
+)
+
+// unixEpoch is a time that has passed.
+var unixEpoch = time.Unix(1, 0)
+
+// Node ids: 1 is the root, firstDir to firstDir+255 the folders "00" to "ff", and objects have the upper bit set.
+const firstDir = 2
+
+// forever is for how many seconds the kernel may believe what we say.
+const forever = 1 << 32
+
+// objects is the file system of a [Server].
+type objects struct {
+	fuse.RawFileSystem // ENOSYS for all that is not here
+	q                  *fetch.Queue
+	log                *slog.Logger
+}
+
+func (o *objects) Lookup(_ <-chan struct{}, in *fuse.InHeader, name string, out *fuse.EntryOut) fuse.Status {
+	// An object may come to be known later, so ENOENT is not to be remembered.
+	var key store.Key
+	switch {
+	case in.NodeId == fuse.FUSE_ROOT_ID && len(name) == 2:
+		if _, err := hex.Decode(key[:1], []byte(name)); err != nil {
+			return fuse.ENOENT
+		}
+		return entry(out, firstDir+uint64(key[0]), 0)
+	case in.NodeId >= firstDir && in.NodeId < firstDir+256 && len(name) == 2*len(key)-2:
+		key[0] = byte(in.NodeId - firstDir)
+		if _, err := hex.Decode(key[1:], []byte(name)); err != nil {
+			return fuse.ENOENT
+		}
+		id, size, ok := o.q.Lookup(key)
+		if !ok {
+			return fuse.ENOENT
+		}
+		return entry(out, id, size)
+	}
+	return fuse.ENOENT
+}
+
+func entry(out *fuse.EntryOut, id uint64, size int64) fuse.Status {
+	out.NodeId, out.EntryValid, out.AttrValid = id, forever, forever
+	attributes(&out.Attr, id, size)
+	return fuse.OK
+}
+
+func attributes(a *fuse.Attr, id uint64, size int64) {
+	a.Ino, a.Blksize = id, 4096
+	if id < firstDir+256 {
+		a.Mode, a.Nlink = fuse.S_IFDIR|0o555, 2
+		return
+	}
+	a.Mode, a.Nlink = fuse.S_IFREG|0o444, 1
+	a.Size, a.Blocks = uint64(size), uint64(size+511)/512
+}
+
+func (o *objects) GetAttr(_ <-chan struct{}, in *fuse.GetAttrIn, out *fuse.AttrOut) fuse.Status {
+	out.AttrValid = forever
+	if in.NodeId < firstDir+256 {
+		attributes(&out.Attr, in.NodeId, 0)
+		return fuse.OK
+	}
+	size, ok := o.q.Size(in.NodeId)
+	if !ok {
+		return fuse.Status(fuse.EIO)
+	}
+	attributes(&out.Attr, in.NodeId, size)
+	return fuse.OK
+}
+
+func (o *objects) Read(cancel <-chan struct{}, in *fuse.ReadIn, p []byte) (fuse.ReadResult, fuse.Status) {
+	n, err := o.read(interruptible{context.Background(), cancel}, in.NodeId, p, int64(in.Offset))
+	if err != nil {
+		return nil, o.status(err)
+	}
+	return fuse.ReadResultData(p[:n]), fuse.OK
+}
+
+func (o *objects) read(ctx context.Context, id uint64, p []byte, off int64) (int, error) {
+	object, err := o.q.Open(id)
+	if err != nil {
+		return 0, err
+	}
+	defer object.Close()
+	n, err := object.ReadAt(ctx, p, off)
+	if err == io.EOF {
+		err = nil
+	}
+	return n, err
+}
+
+// status is the one place where an error becomes an errno. What the reader of a file sees says nothing, so it
+// is logged.
+func (o *objects) status(err error) fuse.Status {
+	if errors.Is(err, context.Canceled) {
+		return fuse.EINTR
+	}
+	o.log.Error("read failed", "err", err)
+	return fuse.EIO
+}
+
+func (o *objects) StatFs(_ <-chan struct{}, _ *fuse.InHeader, out *fuse.StatfsOut) fuse.Status {
+	out.Bsize, out.Frsize, out.NameLen = 4096, 4096, 255
+	return fuse.OK
+}
+
+func (o *objects) Forget(_, _ uint64) {}
+
+func (o *objects) String() string { return "lazuli" }

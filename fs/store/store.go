@@ -1,0 +1,332 @@
+// Package store keeps objects on disk: the contents of files, each once per node
+// however many images hold it.
+//
+// What goes in has been verified: a store never sees bytes that were not checked against the
+// object's key, and so nobody who reads from it ever asks. What comes out are plain
+// files under Objects, which overlayfs reads by itself.
+//
+//	objects/ab/cdef…   complete objects, named by their key, read-only
+//	partial/cdef…      objects that are being fetched: a sparse file, and beside it
+//	partial/cdef….map  which of its chunks are in, a bit each
+//	layers/, meta/     what others keep beside the objects (see [Store.Path])
+//	tmp/               files that have no name yet; emptied at [Open]
+//
+// Everything gets its name by a rename after it is complete, so a process that is killed leaves
+// nothing half-made. A power cut is another matter: the kernel may have renamed
+// a file whose bytes it had not written. The store notes when it last made the disk
+// catch up (syncfs), and after a boot throws away what was written since then.
+//
+// Several processes may use one store at the same time. A Store may be used by several goroutines.
+package store
+
+import (
+	"bytes"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Key is the name of an object: a digest over its content, made by the caller.
+type Key [32]byte
+
+// String returns the key as 64 hexadecimal digits.
+func (k Key) String() string { return hex.EncodeToString(k[:]) }
+
+// Path returns the object's name below the objects folder, "ab/cdef…".
+func (k Key) Path() string {
+	s := k.String()
+	return s[:2] + "/" + s[2:]
+}
+
+// A Store is one folder of objects.
+type Store struct {
+	dir     string
+	log     *slog.Logger
+	inUse   *os.File // holds a shared lock on the store while it is open
+	dirty   atomic.Bool
+	stop    chan struct{}
+	stopped sync.WaitGroup
+}
+
+// syncEvery is how long an object may lie in the store before the disk is made to hold it.
+const syncEvery = 30 * time.Second
+
+// Open opens the store in dir, which is made if it is not there. A nil logger is silent.
+func Open(dir string, log *slog.Logger) (*Store, error) {
+	if log == nil {
+		log = slog.New(slog.DiscardHandler)
+	}
+	for _, sub := range []string{"objects", "partial", "layers", "meta", "tmp"} {
+		if err := os.MkdirAll(filepath.Join(dir, sub), 0o700); err != nil {
+			return nil, fmt.Errorf("store: %w", err)
+		}
+	}
+	// overlayfs looks objects up on behalf of every user of a container.
+	if err := os.Chmod(filepath.Join(dir, "objects"), 0o755); err != nil {
+		return nil, fmt.Errorf("store: %w", err)
+	}
+	for i := range 256 {
+		if err := os.Mkdir(filepath.Join(dir, "objects", fmt.Sprintf("%02x", i)), 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+			return nil, fmt.Errorf("store: %w", err)
+		}
+	}
+	s := &Store{dir: dir, log: log, stop: make(chan struct{})}
+	if err := s.lock(); err != nil {
+		return nil, fmt.Errorf("store: %s: %w", dir, err)
+	}
+	s.stopped.Go(s.syncLoop)
+	return s, nil
+}
+
+// lock takes the store's shared lock. The process that finds nobody else there
+// first cleans up what the last ones left.
+func (s *Store) lock() error {
+	f, err := os.OpenFile(filepath.Join(s.dir, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return err
+	}
+	s.inUse = f
+	if unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil {
+		if err := s.recover(); err != nil {
+			f.Close()
+			return err
+		}
+	}
+	// Going from exclusive to shared is not atomic: another process may recover between the
+	// two. It finds nothing to do then.
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_SH); err != nil {
+		f.Close()
+		return err
+	}
+	return nil
+}
+
+// Path returns the path of a file or folder of the store, for those who keep something in layers/ or meta/.
+func (s *Store) Path(elem ...string) string {
+	return filepath.Join(append([]string{s.dir}, elem...)...)
+}
+
+// Objects is the folder of complete objects.
+func (s *Store) Objects() string { return filepath.Join(s.dir, "objects") }
+
+// Close ends the use of the store. It does not wait for the disk.
+func (s *Store) Close() error {
+	close(s.stop)
+	s.stopped.Wait()
+	return s.inUse.Close()
+}
+
+// Has reports whether the object is complete.
+func (s *Store) Has(key Key) bool {
+	var st unix.Stat_t
+	return unix.Stat(filepath.Join(s.dir, "objects", key.Path()), &st) == nil
+}
+
+// OpenObject opens a complete object; an error wraps fs.ErrNotExist if it is not here.
+func (s *Store) OpenObject(key Key) (*os.File, error) {
+	return os.Open(filepath.Join(s.dir, "objects", key.Path()))
+}
+
+// Put stores an object whose content is p. An object that is there already stays.
+func (s *Store) Put(key Key, p []byte) error {
+	t, err := s.Create()
+	if err != nil {
+		return err
+	}
+	defer t.Discard()
+	if _, err := t.Write(p); err != nil {
+		return err
+	}
+	return t.Publish(key)
+}
+
+// WriteFile writes a file of layers/ or meta/ (elem below the store) under a temporary name and
+// renames it, so that it is there whole or not at all.
+func (s *Store) WriteFile(write func(f *os.File) error, elem ...string) error {
+	t, err := s.Create()
+	if err != nil {
+		return err
+	}
+	defer t.Discard()
+	if err := write(t.f); err != nil {
+		return err
+	}
+	return t.rename(s.Path(elem...))
+}
+
+// A Temp is a file of the store that has no name yet.
+type Temp struct {
+	s    *Store
+	f    *os.File
+	name string
+}
+
+// tempNames numbers the temporary files of this process.
+var tempNames atomic.Uint64
+
+// Create makes a file that becomes an object at [Temp.Publish], or vanishes at [Temp.Discard].
+func (s *Store) Create() (*Temp, error) {
+	name := filepath.Join(s.dir, "tmp", fmt.Sprintf("%d.%d", os.Getpid(), tempNames.Add(1)))
+	f, err := os.OpenFile(name, os.O_CREATE|os.O_EXCL|os.O_RDWR, 0o444)
+	if errors.Is(err, fs.ErrExist) { // left by a process that had our number
+		os.Remove(name)
+		f, err = os.OpenFile(name, os.O_CREATE|os.O_EXCL|os.O_RDWR, 0o444)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("store: %w", err)
+	}
+	return &Temp{s, f, name}, nil
+}
+
+// Write appends verified bytes.
+func (t *Temp) Write(p []byte) (int, error) { return t.f.Write(p) }
+
+// WriteHole appends n zero bytes without storing them.
+func (t *Temp) WriteHole(n int64) error {
+	at, err := t.f.Seek(n, 1)
+	if err != nil {
+		return err
+	}
+	return t.f.Truncate(at)
+}
+
+// Publish makes the file the object named key. The caller has checked that its bytes are those that key names.
+func (t *Temp) Publish(key Key) error {
+	return t.rename(filepath.Join(t.s.dir, "objects", key.Path()))
+}
+
+func (t *Temp) rename(path string) error {
+	if err := os.Rename(t.name, path); err != nil {
+		return fmt.Errorf("store: %w", err)
+	}
+	t.name = ""
+	t.s.dirty.Store(true)
+	return nil
+}
+
+// Discard closes the file, and removes it if it was not published.
+func (t *Temp) Discard() {
+	t.f.Close()
+	if t.name != "" {
+		os.Remove(t.name)
+	}
+}
+
+// A syncPoint says what is known to be on disk.
+type syncPoint struct {
+	Boot  string    `json:"boot"`  // the kernel's boot id when it was written
+	Until time.Time `json:"until"` // everything older than this is on disk
+}
+
+// bootID tells one run of the kernel from the next.
+func bootID() string {
+	b, _ := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	return string(bytes.TrimSpace(b))
+}
+
+// sync makes the disk hold everything that is in the store, and notes that it does.
+func (s *Store) sync() error {
+	until := time.Now()
+	d, err := os.Open(s.dir)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	if err := unix.Syncfs(int(d.Fd())); err != nil {
+		return err
+	}
+	return s.writeSyncPoint(until)
+}
+
+func (s *Store) writeSyncPoint(until time.Time) error {
+	b, _ := json.Marshal(syncPoint{bootID(), until})
+	return s.WriteFile(func(f *os.File) error {
+		if _, err := f.Write(b); err != nil {
+			return err
+		}
+		return f.Sync()
+	}, "synced")
+}
+
+func (s *Store) syncLoop() {
+	tick := time.NewTicker(syncEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-s.stop:
+			return
+		case <-tick.C:
+		}
+		if s.dirty.Swap(false) {
+			if err := s.sync(); err != nil {
+				s.dirty.Store(true)
+				s.log.Warn("store: cannot sync", "dir", s.dir, "err", err)
+			}
+			s.dirty.Store(false) // the sync point itself
+		}
+	}
+}
+
+// recover runs when nobody else uses the store: it empties tmp, and after a boot removes
+// what may not have reached the disk before the last one ended.
+func (s *Store) recover() error {
+	tmp, err := os.ReadDir(s.Path("tmp"))
+	if err != nil {
+		return err
+	}
+	for _, e := range tmp {
+		os.Remove(s.Path("tmp", e.Name()))
+	}
+	var last syncPoint
+	if b, err := os.ReadFile(s.Path("synced")); err == nil {
+		json.Unmarshal(b, &last) // a damaged file means that nothing is known
+	}
+	if last.Boot == bootID() && last.Boot != "" {
+		return nil
+	}
+	removed, err := s.removeSince(last.Until)
+	if err != nil {
+		return err
+	}
+	if removed > 0 {
+		s.log.Warn("store: the machine stopped before these files were known to be on disk: removed", "files", removed, "dir", s.dir)
+	}
+	return s.writeSyncPoint(time.Now())
+}
+
+// removeSince removes every file whose inode changed after, or within two seconds before, until: the time of a
+// change is set by the kernel, and on disk it stands in the same journal entry as the name.
+func (s *Store) removeSince(until time.Time) (int, error) {
+	until = until.Add(-2 * time.Second)
+	removed := 0
+	for _, sub := range []string{"objects", "partial", "layers", "meta"} {
+		err := filepath.WalkDir(s.Path(sub), func(path string, d fs.DirEntry, err error) error {
+			if err != nil || d.IsDir() {
+				return err
+			}
+			var st unix.Stat_t
+			if err := unix.Lstat(path, &st); err != nil {
+				return err
+			}
+			if time.Unix(st.Ctim.Unix()).Before(until) {
+				return nil
+			}
+			removed++
+			return os.Remove(path)
+		})
+		if err != nil {
+			return removed, err
+		}
+	}
+	return removed, nil
+}

@@ -3,7 +3,6 @@ package store
 import (
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"sync"
@@ -150,19 +149,4 @@ func (p *Partial) Close() error {
 		os.Remove(p.name)
 	}
 	return errors.Join(err, p.f.Close())
-}
-
-// Remove removes an object, complete or not. It is not an error if it is not there.
-func (s *Store) Remove(key Key) error {
-	var errs []error
-	for _, path := range []string{
-		filepath.Join(s.Objects(), key.Path()),
-		s.Path("partial", key.String()),
-		s.Path("partial", key.String()+".map"),
-	} {
-		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			errs = append(errs, err)
-		}
-	}
-	return errors.Join(errs...)
 }

@@ -330,3 +330,60 @@ func (s *Store) removeSince(until time.Time) (int, error) {
 	}
 	return removed, nil
 }
+
+// Here returns how many of an object's size bytes are in the store.
+func (s *Store) Here(key Key, size int64) int64 {
+	if s.Has(key) {
+		return size
+	}
+	var st unix.Stat_t
+	if unix.Stat(s.Path("partial", key.String()), &st) != nil {
+		return 0
+	}
+	return min(st.Blocks*512, size)
+}
+
+// Prune removes every object that keep does not want, complete or not, and returns the bytes of disk that became free. Nobody
+// may be fetching an object that keep does not want.
+func (s *Store) Prune(keep func(Key) bool) (freed int64, err error) {
+	remove := func(dir, name, hexKey string) error {
+		var key Key
+		if n, err := hex.Decode(key[:], []byte(hexKey)); err != nil || n != len(key) || keep(key) {
+			return nil // not an object's name, or an object to keep
+		}
+		path := s.Path(dir, name)
+		var st unix.Stat_t
+		if unix.Lstat(path, &st) == nil {
+			freed += st.Blocks * 512
+		}
+		return os.Remove(path)
+	}
+	for i := range 256 {
+		prefix := fmt.Sprintf("%02x", i)
+		entries, err := os.ReadDir(s.Path("objects", prefix))
+		if err != nil {
+			return freed, err
+		}
+		for _, e := range entries {
+			if len(e.Name()) != 2*len(Key{})-2 {
+				continue
+			}
+			if err := remove(filepath.Join("objects", prefix), e.Name(), prefix+e.Name()); err != nil {
+				return freed, err
+			}
+		}
+	}
+	entries, err := os.ReadDir(s.Path("partial"))
+	if err != nil {
+		return freed, err
+	}
+	for _, e := range entries {
+		if len(e.Name()) < 2*len(Key{}) {
+			continue
+		}
+		if err := remove("partial", e.Name(), e.Name()[:2*len(Key{})]); err != nil {
+			return freed, err
+		}
+	}
+	return freed, nil
+}

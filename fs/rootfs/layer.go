@@ -1,0 +1,264 @@
+package rootfs
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/gob"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/klauspost/compress/zstd"
+
+	"lazuli/fs/fetch"
+	"lazuli/fs/remote"
+	"lazuli/fs/store"
+	"lazuli/fs/toc"
+)
+
+// A layer is one layer of an image that is being mounted.
+type layer struct {
+	remote.Layer
+	diffID v1.Hash // as the config claims it
+	// id names what the store keeps of the layer: "toc-" and the digest that the manifest promises of its table of
+	// contents, or "blob-" and the layer's own if it is not lazy.
+	id      string
+	promise toc.Promise
+	why     error // why the layer is not lazy, or nil
+}
+
+// newLayer decides from a layer's descriptor whether it is lazy. What its TOC says may change that.
+func newLayer(l remote.Layer, diffID v1.Hash) (*layer, error) {
+	if l.Digest.Algorithm != "sha256" {
+		return nil, fmt.Errorf("layer %v: only sha256 digests are supported", l.Digest)
+	}
+	x := &layer{Layer: l, diffID: diffID}
+	promise, err := toc.Promised(l.Annotations)
+	switch {
+	case errors.Is(err, toc.ErrNotLazy):
+		x.ordinary(err)
+	case err != nil:
+		return nil, fmt.Errorf("layer %v: %w", l.Digest, err)
+	default:
+		x.promise = promise
+		x.id = "toc-" + hexOf(promise.Digest.String())
+	}
+	return x, nil
+}
+
+func hexOf(digest string) string { return strings.TrimPrefix(digest, "sha256:") }
+
+// ordinary makes l a layer that is fetched whole.
+func (l *layer) ordinary(why error) {
+	l.why = why
+	l.id = "blob-" + l.Digest.Hex
+}
+
+func (l *layer) name() string { return "layer " + l.Digest.String() }
+
+// tailGuess is how many bytes of a blob's end to ask for if nothing says how long its table of contents is: 1.6 % of the
+// blob. Compressed tables are 0.4 to 1 % of a layer of ordinary files (54 bytes an entry).
+func tailGuess(size int64) int64 { return min(size, max(size/64, 256<<10), 16<<20) }
+
+// fetchTOC gets the layer's table of contents from the blob: in one request if the annotations say where it
+// is or the guess is large enough, else in two.
+func (l *layer) fetchTOC(ctx context.Context) (*toc.TOC, error) {
+	loc, known, err := toc.Locate(l.Annotations, l.Size)
+	if err != nil {
+		return nil, err
+	}
+	if known {
+		return l.readTOC(ctx, loc, nil, l.Size)
+	}
+	guess := tailGuess(l.Size)
+	tail, err := readRange(ctx, l.Blob, l.Size-guess, guess)
+	if err != nil {
+		return nil, err
+	}
+	if loc, err = toc.ParseFooter(tail, l.Size); err != nil {
+		return nil, err
+	}
+	return l.readTOC(ctx, loc, tail, l.Size-guess)
+}
+
+// readTOC reads the table at loc, of which tail, at byte at of the blob, may have all or a part.
+func (l *layer) readTOC(ctx context.Context, loc toc.Location, tail []byte, at int64) (*toc.TOC, error) {
+	var r io.Reader
+	if loc.Offset >= at {
+		r = bytes.NewReader(tail[loc.Offset-at:])
+	} else {
+		missing := min(loc.Offset+loc.Size, at) - loc.Offset
+		body, err := l.Blob.Range(ctx, loc.Offset, missing)
+		if err != nil {
+			return nil, err
+		}
+		defer body.Close()
+		r = io.MultiReader(body, bytes.NewReader(tail))
+	}
+	return toc.Parse(r, loc, l.promise)
+}
+
+// attempts is how often something small is asked for before it counts as not to be had: a stream that breaks is not
+// retried below.
+const attempts = 3
+
+func readRange(ctx context.Context, b remote.Blob, off, n int64) ([]byte, error) {
+	var err error
+	for range attempts {
+		var body io.ReadCloser
+		if body, err = b.Range(ctx, off, n); err != nil {
+			return nil, err
+		}
+		p := make([]byte, n)
+		_, err = io.ReadFull(body, p)
+		body.Close()
+		if err == nil {
+			return p, nil
+		}
+		if ctx.Err() != nil {
+			break
+		}
+	}
+	return nil, err
+}
+
+// open returns the layer's TOC: the one that the store keeps, else from the blob, or if the layer is not lazy from all
+// of it, whose files are then in the store.
+func (l *layer) open(ctx context.Context, n *Node, o *MountOptions) (*toc.TOC, error) {
+	if t, err := n.loadTOC(l.id); err == nil {
+		return t, nil
+	}
+	if l.why == nil {
+		var t *toc.TOC
+		var err error
+		for range attempts { // a table that does not verify may have been damaged on the way
+			if t, err = l.fetchTOC(ctx); err == nil {
+				n.tables.Go(func() { n.keepTOC(l.id, t) })
+				return t, nil
+			}
+			if errors.Is(err, toc.ErrNotLazy) || ctx.Err() != nil {
+				break
+			}
+		}
+		if !errors.Is(err, toc.ErrNotLazy) {
+			return nil, fmt.Errorf("%s: %w", l.name(), err)
+		}
+		l.ordinary(err)
+		if t, err := n.loadTOC(l.id); err == nil {
+			return t, nil
+		}
+	}
+	o.notice(fmt.Sprintf("%s is not lazy (%v): fetching all of it, %s", l.name(), reason(l.why), megabytes(l.Size)))
+	t, err := l.unpack(ctx, n, o)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", l.name(), err)
+	}
+	n.tables.Go(func() { n.keepTOC(l.id, t) })
+	return t, nil
+}
+
+// reason is err without the sentinel's own words.
+func reason(err error) string {
+	return strings.TrimPrefix(err.Error(), toc.ErrNotLazy.Error()+": ")
+}
+
+func megabytes(n int64) string { return fmt.Sprintf("%.1f MB", float64(n)/1e6) }
+
+// table returns the layer's chunk table, which is made from t if the store has none.
+func (l *layer) table(n *Node, t func() (*toc.TOC, error)) (*toc.Table, error) {
+	path := n.store.Path("layers", l.id, "table")
+	table, err := toc.OpenTable(path)
+	if err == nil {
+		return table, nil
+	}
+	parsed, err := t()
+	if err != nil {
+		return nil, err
+	}
+	b, err := toc.MarshalTable(parsed)
+	if err != nil {
+		return nil, fmt.Errorf("%s: toc: %w", l.name(), err)
+	}
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		return nil, err
+	}
+	if err := n.store.WriteFile(write(b), "layers", l.id, "table"); err != nil {
+		return nil, err
+	}
+	return toc.OpenTable(path)
+}
+
+func write(b []byte) func(*os.File) error {
+	return func(f *os.File) error { _, err := f.Write(b); return err }
+}
+
+// source returns the layer as the fetcher wants it.
+func (l *layer) source(n *Node, table *toc.Table, o *MountOptions) *fetch.Layer {
+	return &fetch.Layer{
+		Name:  l.name(),
+		Table: table,
+		Blob:  l.Blob,
+		Whole: func(ctx context.Context) error { _, err := l.unpack(ctx, n, o); return err },
+	}
+}
+
+// keepTOC writes a TOC down for other images that use the layer. It is what Go's gob makes of it, compressed: the file is
+// ours, verified when it was made, and read by this program only.
+func (n *Node) keepTOC(id string, t *toc.TOC) {
+	err := os.MkdirAll(n.store.Path("layers", id), 0o700)
+	if err == nil {
+		err = n.store.WriteFile(func(f *os.File) error {
+			z, err := zstd.NewWriter(f, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderConcurrency(1))
+			if err != nil {
+				return err
+			}
+			if err := gob.NewEncoder(z).Encode(t); err != nil {
+				return err
+			}
+			return z.Close()
+		}, "layers", id, "toc")
+	}
+	if err != nil {
+		n.log.Warn("a table of contents could not be kept", "layer", id, "err", err)
+	}
+}
+
+func (n *Node) loadTOC(id string) (*toc.TOC, error) {
+	f, err := os.Open(n.store.Path("layers", id, "toc"))
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	z, err := zstd.NewReader(bufio.NewReaderSize(f, 1<<18), zstd.WithDecoderConcurrency(1))
+	if err != nil {
+		return nil, err
+	}
+	defer z.Close()
+	t := new(toc.TOC)
+	if err := gob.NewDecoder(bufio.NewReaderSize(z, 1<<18)).Decode(t); err != nil {
+		n.log.Warn("a table of contents in the store is damaged; it is fetched again", "layer", id, "err", err)
+		return nil, fs.ErrNotExist
+	}
+	return t, nil
+}
+
+// objectsOf calls f for each object of a layer that the store knows, until f returns false.
+func (n *Node) objectsOf(id string, f func(key store.Key, size int64) bool) error {
+	table, err := toc.OpenTable(n.store.Path("layers", id, "table"))
+	if err != nil {
+		return err
+	}
+	defer table.Close()
+	for i := range table.Len() {
+		if o := table.At(i); !f(store.Key(o.Key), o.Size) {
+			break
+		}
+	}
+	return nil
+}

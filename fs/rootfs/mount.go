@@ -1,0 +1,210 @@
+package rootfs
+
+import (
+	"bufio"
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// mountSource is what mountinfo shows as the device of a rootfs, by which it is known again.
+const mountSource = "lazuli"
+
+// attachLoop makes image a read-only loop device, which goes away with its last user, and returns it open.
+// Not a file-backed mount: that would be a level of stacking more.
+func attachLoop(image string) (*os.File, error) {
+	backing, err := os.Open(image)
+	if err != nil {
+		return nil, err
+	}
+	defer backing.Close()
+	control, err := os.OpenFile("/dev/loop-control", os.O_RDWR, 0)
+	if err != nil {
+		return nil, fmt.Errorf("no loop devices: %w", err)
+	}
+	defer control.Close()
+	config := unix.LoopConfig{Fd: uint32(backing.Fd())}
+	config.Info.Flags = unix.LO_FLAGS_READ_ONLY | unix.LO_FLAGS_AUTOCLEAR
+	copy(config.Info.File_name[:len(config.Info.File_name)-1], filepath.Base(image))
+	for {
+		n, err := unix.IoctlRetInt(int(control.Fd()), unix.LOOP_CTL_GET_FREE)
+		if err != nil {
+			return nil, fmt.Errorf("no free loop device: %w", err)
+		}
+		name := "/dev/loop" + strconv.Itoa(n)
+		device, err := os.OpenFile(name, os.O_RDONLY, 0)
+		if errors.Is(err, os.ErrNotExist) { // a container's /dev has only those that were there when it started
+			unix.Mknod(name, unix.S_IFBLK|0o600, int(unix.Mkdev(7, uint32(n))))
+			device, err = os.OpenFile(name, os.O_RDONLY, 0)
+		}
+		if err != nil {
+			return nil, err
+		}
+		err = unix.IoctlLoopConfigure(int(device.Fd()), &config)
+		if err == nil {
+			return device, nil
+		}
+		device.Close()
+		if !errors.Is(err, unix.EBUSY) { // somebody else was faster
+			return nil, fmt.Errorf("%s: %w", name, err)
+		}
+	}
+}
+
+// mountEROFS mounts a metadata image at dir.
+func mountEROFS(image, dir string) error {
+	device, err := attachLoop(image)
+	if err != nil {
+		return fmt.Errorf("metadata image %s: %w", image, err)
+	}
+	defer device.Close() // the mount keeps it
+	if err := unix.Mount(device.Name(), dir, "erofs", unix.MS_RDONLY|unix.MS_NOATIME, ""); err != nil {
+		return fmt.Errorf("mount metadata image %s: %w", image, err)
+	}
+	return nil
+}
+
+// overlay says what a rootfs is made of: folders, Upper and Work empty for a read-only one.
+type overlay struct {
+	meta, objects, server string
+	upper, work           string
+}
+
+// mountOverlay puts the parts together at dir.
+func mountOverlay(o overlay, dir string) error {
+	fsfd, err := unix.Fsopen("overlay", unix.FSOPEN_CLOEXEC)
+	if err != nil {
+		return fmt.Errorf("overlayfs: %w", err)
+	}
+	defer unix.Close(fsfd)
+	set := func(key, value string) {
+		if err == nil {
+			if err = unix.FsconfigSetString(fsfd, key, value); err != nil {
+				err = fmt.Errorf("overlayfs: %s=%s: %w", key, value, withLog(fsfd, err))
+			}
+		}
+	}
+	set("source", mountSource)
+	set("lowerdir", escape(o.meta)+"::"+escape(o.objects)+"::"+escape(o.server))
+	set("metacopy", "on")
+	if o.upper != "" {
+		set("redirect_dir", "on")
+		set("upperdir", o.upper)
+		set("workdir", o.work)
+		if err == nil { // what is written is thrown away, so nobody need wait for the disk
+			err = unix.FsconfigSetFlag(fsfd, "volatile")
+		}
+	} else {
+		set("redirect_dir", "follow")
+	}
+	if err != nil {
+		return err
+	}
+	if err := unix.FsconfigCreate(fsfd); err != nil {
+		return fmt.Errorf("overlayfs: %w", withLog(fsfd, err))
+	}
+	attr := unix.MOUNT_ATTR_NOATIME
+	if o.upper == "" {
+		attr |= unix.MOUNT_ATTR_RDONLY
+	}
+	mfd, err := unix.Fsmount(fsfd, unix.FSMOUNT_CLOEXEC, attr)
+	if err != nil {
+		return fmt.Errorf("overlayfs: %w", withLog(fsfd, err))
+	}
+	defer unix.Close(mfd)
+	if err := unix.MoveMount(mfd, "", unix.AT_FDCWD, dir, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
+		return fmt.Errorf("mount at %s: %w", dir, err)
+	}
+	return nil
+}
+
+// escape writes a path as an element of lowerdir, where a colon would end it.
+func escape(path string) string {
+	return strings.NewReplacer(`\`, `\\`, `:`, `\:`).Replace(path)
+}
+
+// withLog adds what the kernel wrote about the error to the file system context.
+func withLog(fsfd int, err error) error {
+	var lines []string
+	var b [1024]byte
+	for {
+		n, readErr := unix.Read(fsfd, b[:])
+		if readErr != nil || n <= 0 {
+			break
+		}
+		lines = append(lines, strings.TrimSpace(strings.TrimLeft(string(b[:n]), "eiw ")))
+	}
+	if len(lines) == 0 {
+		return err
+	}
+	return fmt.Errorf("%w (%s)", err, strings.Join(lines, "; "))
+}
+
+// unmount unmounts dir; if it is in use, its users keep it until they are done.
+func unmount(dir string) error {
+	err := unix.Unmount(dir, unix.UMOUNT_NOFOLLOW)
+	if errors.Is(err, unix.EBUSY) {
+		err = unix.Unmount(dir, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
+	}
+	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) { // not mounted
+		return nil
+	}
+	return err
+}
+
+// A mountPoint is one line of mountinfo.
+type mountPoint struct {
+	id             int
+	dir            string
+	fstype, source string
+}
+
+// mountPoints returns what is mounted, in the order in which it was. See proc_pid_mountinfo(5).
+func mountPoints() ([]mountPoint, error) {
+	b, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return nil, err
+	}
+	var points []mountPoint
+	for lines := bufio.NewScanner(bytes.NewReader(b)); lines.Scan(); {
+		fields := strings.Fields(lines.Text())
+		if len(fields) < 10 {
+			continue
+		}
+		id, _ := strconv.Atoi(fields[0])
+		m := mountPoint{id: id, dir: unescape(fields[4])}
+		for i := 6; i+2 < len(fields); i++ {
+			if fields[i] == "-" {
+				m.fstype, m.source = fields[i+1], unescape(fields[i+2])
+				break
+			}
+		}
+		points = append(points, m)
+	}
+	return points, nil
+}
+
+// unescape undoes the kernel's octal escapes.
+func unescape(s string) string {
+	if !strings.Contains(s, `\`) {
+		return s
+	}
+	var b strings.Builder
+	for i := 0; i < len(s); i++ {
+		if s[i] == '\\' && i+3 < len(s) {
+			if c, err := strconv.ParseUint(s[i+1:i+4], 8, 8); err == nil {
+				b.WriteByte(byte(c))
+				i += 3
+				continue
+			}
+		}
+		b.WriteByte(s[i])
+	}
+	return b.String()
+}

@@ -1,0 +1,550 @@
+// Package rootfs mounts images: it puts the tables of contents, the metadata image, the store, the
+// fetcher and the object server together into one directory.
+//
+// A [Node] is what all images of a machine share: the store, one queue, one object server. A
+// [Rootfs] is one image at one directory:
+//
+//	overlay   upper    (with RW) what is written, thrown away at Close
+//	          lower    the metadata image, an EROFS on a loop device
+//	          data     the store's objects
+//	          data     the object server, FUSE
+//
+// Nothing is mounted that came from a registry: the metadata image is built here, from tables of
+// contents that were checked against the manifest. Nothing is left behind by a mount that did not
+// succeed. Of a process that was killed, the next [Open] removes what it had mounted for itself.
+//
+// Folders below the root:
+//
+//	store/         see package store
+//	images/        a record for each image that is kept (see [Node.Images])
+//	run/PID.N/     mount points and upper folders of a process; its lock file is locked while it lives
+package rootfs
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/google/go-containerregistry/pkg/authn"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+
+	"lazuli/fs/fetch"
+	"lazuli/fs/meta"
+	"lazuli/fs/remote"
+	"lazuli/fs/serve"
+	"lazuli/fs/store"
+	"lazuli/fs/toc"
+)
+
+// Options configures a Node. Its zero value is the recommendation.
+type Options struct {
+	Logger *slog.Logger // nil is silent
+	// ReadTimeout is how long a read waits for the network. Zero is a minute.
+	ReadTimeout time.Duration
+}
+
+// A Node is one root folder in use by one process. It may be used by several goroutines.
+type Node struct {
+	root   string
+	run    string   // run/PID.N
+	lock   *os.File // run/PID.N/lock
+	log    *slog.Logger
+	store  *store.Store
+	queue  *fetch.Queue
+	server *serve.Server // nil until the first Mount
+
+	mu     sync.Mutex
+	mounts int // ever made, for names
+
+	whole  atomic.Int64   // bytes of layers fetched whole
+	tables sync.WaitGroup // what is written down behind a mount's back
+}
+
+var nodes atomic.Int64 // of this process, ever
+
+// Open opens the root folder, which is made if it is not there. It needs root's rights.
+func Open(root string, o Options) (*Node, error) {
+	root, err := filepath.Abs(root)
+	if err != nil {
+		return nil, err
+	}
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	for _, sub := range []string{"images", "run"} {
+		if err := os.MkdirAll(filepath.Join(root, sub), 0o700); err != nil {
+			return nil, err
+		}
+	}
+	// Containers' users look through the folder at the mounts in it.
+	for _, dir := range []string{root, filepath.Join(root, "run")} {
+		if err := os.Chmod(dir, 0o711); err != nil {
+			return nil, err
+		}
+	}
+	n := &Node{root: root, log: o.Logger}
+	n.sweep()
+	if n.store, err = store.Open(filepath.Join(root, "store"), o.Logger); err != nil {
+		return nil, err
+	}
+	n.run = filepath.Join(root, "run", fmt.Sprintf("%d.%d", os.Getpid(), nodes.Add(1)))
+	if n.lock, err = makeRun(n.run); err != nil {
+		n.store.Close()
+		return nil, err
+	}
+	n.queue = fetch.New(n.store, fetch.Options{Logger: o.Logger, ReadTimeout: o.ReadTimeout})
+	return n, nil
+}
+
+// makeRun makes a process's own folder, with a lock that says that it lives.
+func makeRun(dir string) (*os.File, error) {
+	if err := os.MkdirAll(dir, 0o711); err != nil {
+		return nil, err
+	}
+	lock, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
+		lock.Close()
+		return nil, err
+	}
+	return lock, nil
+}
+
+// sweep removes what processes that were killed left under run/.
+func (n *Node) sweep() {
+	entries, _ := os.ReadDir(filepath.Join(n.root, "run"))
+	for _, e := range entries {
+		dir := filepath.Join(n.root, "run", e.Name())
+		lock, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_RDWR, 0)
+		if err != nil {
+			// A folder without a lock is being made, or is somebody else's.
+			continue
+		}
+		if unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil {
+			n.log.Info("removing what a dead process left", "dir", dir)
+			if err := removeRun(dir); err != nil {
+				n.log.Warn("cannot remove what a dead process left", "dir", dir, "err", err)
+			}
+		}
+		lock.Close()
+	}
+}
+
+// removeRun unmounts everything below dir, last mounted first, and removes it.
+func removeRun(dir string) error {
+	points, err := mountPoints()
+	if err != nil {
+		return err
+	}
+	for i := len(points) - 1; i >= 0; i-- {
+		if strings.HasPrefix(points[i].dir, dir+"/") {
+			if err := unmount(points[i].dir); err != nil {
+				return fmt.Errorf("unmount %s: %w", points[i].dir, err)
+			}
+		}
+	}
+	return os.RemoveAll(dir)
+}
+
+// Close ends the node's use. Its images must be closed before.
+func (n *Node) Close() error {
+	n.tables.Wait()
+	errs := []error{removeRun(n.run)}
+	if n.server != nil {
+		errs = append(errs, n.server.Wait()) // ends when the last overlay that uses it is gone
+	}
+	errs = append(errs, n.queue.Close(), n.store.Close(), n.lock.Close())
+	return errors.Join(errs...)
+}
+
+// serve mounts the object server, once.
+func (n *Node) serve() (dir string, err error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	dir = filepath.Join(n.run, "objects")
+	if n.server != nil {
+		return dir, nil
+	}
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return "", err
+	}
+	n.server, err = serve.Mount(dir, n.queue, n.log)
+	return dir, err
+}
+
+// MountOptions configures one mount. Its zero value is the recommendation.
+type MountOptions struct {
+	// RW adds a writable layer, which is thrown away at Close.
+	RW bool
+	// Platform chooses from an index. Nil is this machine's.
+	Platform *v1.Platform
+	// Keychain has the registries' credentials. Nil is docker's configuration and credential helpers.
+	Keychain authn.Keychain
+	// Notice is called with a line for the user, such as that a layer is not lazy. Nil drops it. It may be called from
+	// several goroutines at once, as Progress may.
+	Notice func(line string)
+	// Progress is called while layers are fetched whole, with the bytes that came. Nil drops it.
+	Progress func(bytes int64)
+}
+
+func (o *MountOptions) notice(line string) {
+	if o.Notice != nil {
+		o.Notice(line)
+	}
+}
+
+func (o *MountOptions) fetched(n int64) {
+	if o.Progress != nil {
+		o.Progress(n)
+	}
+}
+
+// A Rootfs is one image, mounted.
+type Rootfs struct {
+	// Dir is where.
+	Dir string
+	// Image is what the reference named when it was resolved.
+	Image *remote.Image
+	// Config is the image's, verified.
+	Config *v1.ConfigFile
+	// Resolved, Parsed and Mounted are when the manifest was here, when the tables of contents were, and when the rootfs was usable.
+	Resolved, Parsed, Mounted time.Time
+
+	n      *Node
+	src    remote.Source
+	dir    string // run/PID.N/M: upper, work, and mount points
+	layers []*layer
+	queued []*fetch.Layer
+	record Record
+}
+
+// Mount mounts the image that ref names at dir, an empty directory; "" mounts it at one of the node's own,
+// which goes away at Close. If it returns an error, nothing is mounted and dir is as it was.
+func (n *Node) Mount(ctx context.Context, ref remote.Reference, dir string, o MountOptions) (*Rootfs, error) {
+	if dir != "" {
+		if err := checkEmpty(dir); err != nil {
+			return nil, err
+		}
+	}
+	release, err := n.holdImages(unix.LOCK_SH)
+	if err != nil {
+		return nil, err
+	}
+	defer release()
+	r := &Rootfs{n: n}
+	if err := r.mount(ctx, ref, dir, o); err != nil {
+		return nil, errors.Join(err, r.Close())
+	}
+	return r, nil
+}
+
+// checkEmpty refuses to hide files under a mount.
+func checkEmpty(dir string) error {
+	entries, err := os.ReadDir(dir)
+	switch {
+	case errors.Is(err, os.ErrNotExist):
+		return fmt.Errorf("%s does not exist: make it first (mkdir -p %s)", dir, dir)
+	case err != nil:
+		return err
+	case len(entries) > 0:
+		return fmt.Errorf("%s is not empty: choose an empty directory, a mount would hide what is in it", dir)
+	}
+	return nil
+}
+
+func (r *Rootfs) mount(ctx context.Context, ref remote.Reference, dir string, o MountOptions) (err error) {
+	n := r.n
+	// The object server needs nothing from the network; it comes up while the registry thinks.
+	var server string
+	serving := make(chan error, 1)
+	go func() {
+		var err error
+		server, err = n.serve()
+		serving <- err
+	}()
+	metaImage, err := r.resolve(ctx, ref, o)
+	if serveErr := <-serving; err == nil {
+		err = serveErr
+	}
+	if err != nil {
+		return err
+	}
+	if err := r.makeDirs(dir); err != nil {
+		return err
+	}
+	metaDir := filepath.Join(r.dir, "meta")
+	if err := mountEROFS(metaImage, metaDir); err != nil {
+		return err
+	}
+	parts := overlay{meta: metaDir, objects: n.store.Objects(), server: server}
+	if o.RW {
+		parts.upper, parts.work = filepath.Join(r.dir, "upper"), filepath.Join(r.dir, "work")
+	}
+	err = mountOverlay(parts, r.Dir)
+	// The overlay has the metadata image now; nobody else needs to see it.
+	if detachErr := unix.Unmount(metaDir, unix.MNT_DETACH); err == nil {
+		err = detachErr
+	}
+	if err != nil {
+		return err
+	}
+	r.Mounted = time.Now()
+	return n.writeRecord(&r.record)
+}
+
+// makeDirs makes the mount's own folders, with the modes that the root of a file system has.
+func (r *Rootfs) makeDirs(dir string) error {
+	n := r.n
+	n.mu.Lock()
+	n.mounts++
+	r.dir = filepath.Join(n.run, fmt.Sprint(n.mounts))
+	n.mu.Unlock()
+	for _, sub := range []string{"meta", "upper", "work", "rootfs"} {
+		if err := os.MkdirAll(filepath.Join(r.dir, sub), 0o755); err != nil {
+			return err
+		}
+	}
+	if dir == "" {
+		r.Dir = filepath.Join(r.dir, "rootfs")
+		return nil
+	}
+	var err error
+	r.Dir, err = filepath.Abs(dir)
+	return err
+}
+
+// resolve gets the image's manifest, config and tables of contents, all layers side by side, and
+// returns the path of the metadata image.
+func (r *Rootfs) resolve(ctx context.Context, ref remote.Reference, o MountOptions) (string, error) {
+	n := r.n
+	var err error
+	if r.src, err = remote.Open(ctx, ref, remote.Options{Keychain: o.Keychain, Logger: n.log}); err != nil {
+		return "", err
+	}
+	if r.Image, err = remote.Pick(ctx, r.src, o.Platform); err != nil {
+		return "", err
+	}
+	r.Resolved = time.Now()
+	for _, l := range r.Image.Layers {
+		x, err := newLayer(l, v1.Hash{})
+		if err != nil {
+			return "", fmt.Errorf("%v: %w", ref, err)
+		}
+		r.layers = append(r.layers, x)
+	}
+	tocs := make([]*toc.TOC, len(r.layers))
+	group, gctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return r.readConfig(gctx) })
+	// A metadata image that is here needs no tables of contents, only the layers' chunk tables.
+	if !r.known() {
+		for i, l := range r.layers {
+			group.Go(func() (err error) {
+				tocs[i], err = l.open(gctx, n, &o)
+				return err
+			})
+		}
+	}
+	if err := group.Wait(); err != nil {
+		return "", fmt.Errorf("%v: %w", ref, err)
+	}
+	for i, l := range r.layers {
+		l.diffID = r.Config.RootFS.DiffIDs[i]
+		if t := tocs[i]; t != nil && t.Compression == toc.Whole && t.Digest.String() != l.diffID.String() {
+			return "", fmt.Errorf("%v: %s: its tar's digest is %v, but the image's config says %v", ref, l.name(), t.Digest, l.diffID)
+		}
+	}
+	r.Parsed = time.Now()
+	image, err := r.build(ref, tocs, &o)
+	if err != nil {
+		return "", fmt.Errorf("%v: %w", ref, err)
+	}
+	return image, nil
+}
+
+func (r *Rootfs) readConfig(ctx context.Context) error {
+	config, _, err := r.Image.Config(ctx)
+	if err != nil {
+		return err
+	}
+	if got, want := len(config.RootFS.DiffIDs), len(r.layers); got != want {
+		return fmt.Errorf("the config has %d diffIDs for %d layers", got, want)
+	}
+	r.Config = config
+	return nil
+}
+
+// chain names the metadata image of the layers. It is made of what the layers' tables of contents were verified
+// against, not of diffIDs, which are only claimed.
+func (r *Rootfs) chain() string {
+	h := sha256.New()
+	fmt.Fprintln(h, meta.Version)
+	for _, l := range r.layers {
+		fmt.Fprintln(h, l.id)
+	}
+	return hex.EncodeToString(h.Sum(nil))
+}
+
+// known reports whether the store has everything that a mount of the image needs, bytes of files aside.
+func (r *Rootfs) known() bool {
+	need := []string{r.n.store.Path("meta", r.chain()+".erofs")}
+	for _, l := range r.layers {
+		need = append(need, r.n.store.Path("layers", l.id, "table"))
+	}
+	for _, path := range need {
+		if _, err := os.Stat(path); err != nil {
+			return false
+		}
+	}
+	return true
+}
+
+// build makes the metadata image and the chunk tables, or finds them in the store, and gives the layers to the fetcher.
+func (r *Rootfs) build(ref remote.Reference, tocs []*toc.TOC, o *MountOptions) (string, error) {
+	n := r.n
+	path := n.store.Path("meta", r.chain()+".erofs")
+	var group errgroup.Group
+	if _, err := os.Stat(path); err != nil {
+		group.Go(func() error {
+			tree, err := meta.Merge(tocs)
+			if err != nil {
+				return err
+			}
+			return n.store.WriteFile(func(f *os.File) error { _, err := tree.WriteTo(f); return err }, "meta", filepath.Base(path))
+		})
+	}
+	sources := make([]*fetch.Layer, len(r.layers))
+	for i, l := range r.layers {
+		group.Go(func() error {
+			table, err := l.table(n, func() (*toc.TOC, error) {
+				if tocs[i] == nil {
+					return nil, fmt.Errorf("%s: its chunk table went away: try again", l.name())
+				}
+				return tocs[i], nil
+			})
+			if err != nil {
+				return err
+			}
+			sources[i] = l.source(n, table, o)
+			return nil
+		})
+	}
+	err := group.Wait()
+	for _, s := range sources {
+		if s == nil {
+			continue
+		}
+		if err == nil {
+			if err = n.queue.Add(s); err == nil {
+				r.queued = append(r.queued, s)
+				continue
+			}
+		}
+		s.Table.Close()
+	}
+	if err != nil {
+		return "", err
+	}
+	r.record = Record{
+		Reference: ref.String(), Digest: r.Image.Digest.String(), Chain: r.chain(), Used: time.Now().UTC(),
+	}
+	for _, l := range r.layers {
+		r.record.Layers = append(r.record.Layers, RecordLayer{ID: l.id, Digest: l.Digest.String(), Size: l.Size, Lazy: l.why == nil})
+	}
+	return path, nil
+}
+
+// Fill fetches everything of the image that is not here.
+func (r *Rootfs) Fill(ctx context.Context) error { return r.n.queue.Fill(ctx, r.queued...) }
+
+// Stats says what the network was asked for: by the registry's client since the mount began, and by the node's fetcher as a whole.
+func (r *Rootfs) Stats() (remote.Stats, fetch.Stats) {
+	return r.src.Stats(), r.n.queue.Stats()
+}
+
+// Wait returns when the rootfs is not mounted any more, whoever unmounted it, or when ctx ends.
+func (r *Rootfs) Wait(ctx context.Context) error {
+	// Linux marks mountinfo as having urgent data when a mount comes or goes: proc_pid_mountinfo(5).
+	f, err := os.Open("/proc/self/mountinfo")
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	for {
+		mounted, err := isMounted(r.Dir)
+		if err != nil || !mounted {
+			return err
+		}
+		poll := []unix.PollFd{{Fd: int32(f.Fd()), Events: unix.POLLPRI}}
+		if _, err := unix.Poll(poll, 200); err != nil && !errors.Is(err, unix.EINTR) {
+			return err
+		}
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+	}
+}
+
+// isMounted reports whether a rootfs is mounted at dir.
+func isMounted(dir string) (bool, error) {
+	points, err := mountPoints()
+	for _, p := range points {
+		if p.dir == dir && p.fstype == "overlay" && p.source == mountSource {
+			return true, err
+		}
+	}
+	return false, err
+}
+
+// Close unmounts the image. Programs that still use it keep what they have open, and get errors for what is not here.
+func (r *Rootfs) Close() error {
+	var errs []error
+	if r.Dir != "" {
+		if mounted, _ := isMounted(r.Dir); mounted {
+			errs = append(errs, unmount(r.Dir))
+		}
+	}
+	if r.dir != "" {
+		errs = append(errs, removeRun(r.dir))
+	}
+	for _, l := range r.queued {
+		r.n.queue.Remove(l)
+	}
+	r.queued = nil
+	if r.src != nil {
+		errs = append(errs, r.src.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// Unmount unmounts the rootfs at dir, whichever process mounted it; that one then ends its part.
+func Unmount(dir string) error {
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return err
+	}
+	mounted, err := isMounted(dir)
+	if err != nil {
+		return err
+	}
+	if !mounted {
+		return fmt.Errorf("%s is not an image that lazuli mounted", dir)
+	}
+	err = unix.Unmount(dir, unix.UMOUNT_NOFOLLOW)
+	if errors.Is(err, unix.EBUSY) {
+		return fmt.Errorf("%s is in use: end the programs that work in it (fuser -vm %s) and try again", dir, dir)
+	}
+	return err
+}

@@ -18,6 +18,12 @@ const (
 	NoPrefetchLandmark = estargz.NoPrefetchLandmark
 )
 
+// reserved reports whether a name, in the form of [Entry.Name], is of the format and
+// not of the image.
+func reserved(name string) bool {
+	return name == TarName || name == PrefetchLandmark || name == NoPrefetchLandmark
+}
+
 // Annotations of a layer's descriptor. The two families of zstd:chunked keys mean
 // the same: containers/storage used the first, and what stargz-snapshotter writes, until
 // v1.50, and has used the second since.

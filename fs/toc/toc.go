@@ -44,6 +44,9 @@ type TOC struct {
 	Compression Compression
 	// DataEnd is where the last member ends, in bytes of the blob.
 	DataEnd int64
+	// PrefetchEnd is how many bytes of the blob, from its beginning, whoever made the
+	// layer found worth fetching before they are asked for. 0 is none.
+	PrefetchEnd int64
 	// Entries are in the order of the tar: later ones override earlier ones of
 	// the same name. Landmarks and the TOC itself are not among them; whiteouts
 	// are, under the names the tar gives them.

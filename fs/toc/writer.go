@@ -79,7 +79,7 @@ func (j *JSONWriter) Entry(e *Entry, content []Chunk, file Digest) error {
 	j.number("devMajor", int64(e.Major))
 	j.number("devMinor", int64(e.Minor))
 	j.xattrs(e.Xattrs)
-	if !file.IsZero() {
+	if e.Type == Regular && !file.IsZero() {
 		j.digest("digest", file)
 	}
 	for i := range content {

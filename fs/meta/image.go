@@ -36,6 +36,9 @@ const (
 	xattrHeader    = 12
 	xattrEntry     = 4
 	xattrMaxShared = 255
+	// maxShared is the size of the largest xattr that is shared, in bytes of the
+	// image: go-erofs reads no more than a block.
+	maxShared = 1024
 
 	// One chunk of a regular file: as large as the format can say, so that all
 	// but the largest need a single address. It is the null address, a hole.
@@ -98,7 +101,7 @@ func (s *shared) share(x toc.Xattr) (uint32, bool) {
 	if id, ok := s.id[x]; ok {
 		return id, true
 	}
-	if s.count[x] < 2 && x != metacopy {
+	if x != metacopy && (s.count[x] < 2 || xattrSize(x) > maxShared) {
 		return 0, false
 	}
 	id := uint32(s.size / 4)
@@ -135,6 +138,9 @@ func (t *Tree) lay(roots []int32) error {
 	if err := t.layDir(root); err != nil {
 		return err
 	}
+	// There is always a block behind the shared xattrs: go-erofs reads them a block
+	// at a time, wherever they begin.
+	t.dataBlocks = max(t.dataBlocks, 1)
 	_, data := t.starts()
 	t.stats.Bytes = data + t.dataBlocks*blockSize
 	return nil

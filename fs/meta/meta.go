@@ -9,6 +9,10 @@ import (
 	"lazuli/fs/toc"
 )
 
+// Version changes whenever other images come of the same layers than before. Who
+// keeps images keeps it with them.
+const Version = 1
+
 // Build writes the metadata image of the layers, the lowest first, to w, and says
 // what is in it. It is [Merge] and [Tree.WriteTo].
 func Build(w io.Writer, layers []*toc.TOC) (Stats, error) {

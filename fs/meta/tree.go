@@ -304,7 +304,7 @@ func (m *merger) hardlink(dir int32, name string, root int32, e *toc.Entry) erro
 	// chown takes a file's capabilities away; only the xattrs of the link
 	// itself can bring them back.
 	old := slices.DeleteFunc(slices.Clone(in.xattrs), func(x toc.Xattr) bool {
-		return in.typ == toc.Regular && x.Name == "security.capability"
+		return x.Name == capability
 	})
 	xattrs, err := m.xattrs(old, e, in.typ)
 	if err != nil {

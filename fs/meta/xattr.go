@@ -10,6 +10,7 @@ import (
 )
 
 const (
+	capability = "security.capability"
 	aclAccess  = "system.posix_acl_access"
 	aclDefault = "system.posix_acl_default"
 
@@ -62,6 +63,10 @@ func (m *merger) xattrs(old []toc.Xattr, e *toc.Entry, typ toc.Type) ([]toc.Xatt
 			if typ != toc.Regular && typ != toc.Directory {
 				continue
 			}
+		case x.Name == capability:
+			if !isCapability(x.Value) {
+				return nil, fmt.Errorf("xattr %s: not a capability of version 2 or 3", x.Name)
+			}
 		case strings.HasPrefix(x.Name, "security."):
 		case x.Name == aclAccess, x.Name == aclDefault:
 			if typ == toc.Symlink {
@@ -99,6 +104,11 @@ func (m *merger) xattrs(old []toc.Xattr, e *toc.Entry, typ toc.Type) ([]toc.Xatt
 		m.shared.count[all[i]]++
 	}
 	return all, nil
+}
+
+// isCapability reports whether setxattr takes v (security/commoncap.c).
+func isCapability(v string) bool {
+	return len(v) == 20 && v[3] == 2 || len(v) == 24 && v[3] == 3
 }
 
 // An ACL is a header with the version and 8 bytes for each entry

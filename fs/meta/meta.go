@@ -9,9 +9,9 @@ import (
 	"lazuli/fs/toc"
 )
 
-// Version changes whenever other images come of the same layers than before. Who
-// keeps images keeps it with them.
-const Version = 1
+// Version changes when the same layers give another metadata image than before, so
+// that one that was kept is not taken for one that would be made now.
+const Version = "lazuli-meta-1"
 
 // Build writes the metadata image of the layers, the lowest first, to w, and says
 // what is in it. It is [Merge] and [Tree.WriteTo].

@@ -70,9 +70,6 @@ func readArchive(ctx context.Context, f *os.File) (*archive, error) {
 	if err != nil {
 		return nil, err
 	}
-	if !st.Mode().IsRegular() {
-		return nil, errors.New("not a regular file")
-	}
 	var magic [2]byte
 	if _, err := f.ReadAt(magic[:], 0); err == nil && magic == [2]byte{0x1f, 0x8b} {
 		return nil, errors.New("compressed as a whole, so its parts cannot be read by themselves: gunzip it first")
@@ -133,6 +130,13 @@ func sparse(h *tar.Header) bool {
 }
 
 func openArchive(ctx context.Context, ref Reference) (Source, error) {
+	st, err := os.Stat(ref.path)
+	if err == nil && !st.Mode().IsRegular() { // opening a fifo would wait for a writer
+		err = errors.New("not a regular file")
+	}
+	if err != nil {
+		return nil, wrap(ref, err)
+	}
 	f, err := os.Open(ref.path)
 	if err != nil {
 		return nil, wrap(ref, err)
@@ -244,7 +248,7 @@ func describe(ctx context.Context, r *io.SectionReader) (v1.Descriptor, error) {
 	buf := make([]byte, 256<<10)
 	for off := int64(0); off < r.Size(); {
 		n, err := r.ReadAt(buf[:min(int64(len(buf)), r.Size()-off)], off)
-		if err != nil && err != io.EOF || n == 0 {
+		if n == 0 {
 			return d, err
 		}
 		if off == 0 && bytes.HasPrefix(buf[:n], []byte{0x1f, 0x8b}) {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"sync/atomic"
 	"time"
 )
 
@@ -19,7 +20,9 @@ type body struct {
 	blob   *registryBlob           // nil for a manifest
 	first  []byte                  // read by open, not yet by the reader
 	buf    [512]byte
-	ended  bool // the other side ended the stream before left was 0
+	timer  *time.Timer // runs while the network is read
+	stall  atomic.Bool // timer fired
+	ended  bool        // the other side ended the stream before left was 0
 	err    error
 }
 
@@ -49,7 +52,7 @@ func (b *body) open(resp *http.Response, off int64) error {
 		return &transient{err: err}
 	}
 	b.first = b.buf[:n]
-	b.left += int64(n)
+	b.left += int64(n) // not read yet by whom it is for
 	return nil
 }
 
@@ -87,9 +90,14 @@ func (b *body) Read(p []byte) (int, error) {
 		n = copy(p, b.first)
 		b.first = b.first[n:]
 	} else {
-		stall := time.AfterFunc(b.idle, func() { b.cancel(errStalled) })
+		if b.timer == nil {
+			b.timer = time.AfterFunc(b.idle, func() { b.stall.Store(true); b.cancel(errStalled) })
+		} else {
+			b.timer.Reset(b.idle)
+		}
 		n, err = b.rc.Read(p)
-		if !stall.Stop() && err != nil {
+		b.timer.Stop()
+		if err != nil && b.stall.Load() {
 			err = fmt.Errorf("%w for %v", errStalled, b.idle)
 		}
 	}

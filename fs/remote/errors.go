@@ -48,16 +48,16 @@ func (d *denied) Error() string {
 		d.host, d.why, who, d.host)
 }
 
-// explain says in a user's words why there was no answer, and whether asking again may help.
-func (r *registry) explain(ctx context.Context, w *want, err error) error {
+// explain says in a user's words why host gave no answer, and whether asking again may help.
+func (r *registry) explain(ctx context.Context, w *want, host string, err error) error {
 	if ctx.Err() != nil {
 		return fmt.Errorf("%s: %w", w.what, context.Cause(ctx))
 	}
 	var (
 		dns       *net.DNSError
 		authority x509.UnknownAuthorityError
-		hostname  x509.HostnameError
-		invalid   x509.CertificateInvalidError
+		cert      *tls.CertificateVerificationError
+		alert     tls.AlertError
 		token     *transport.Error
 		refusal   *denied
 	)
@@ -65,53 +65,62 @@ func (r *registry) explain(ctx context.Context, w *want, err error) error {
 	case errors.As(err, &refusal):
 		return err
 	case errors.As(err, &token):
-		err = fmt.Errorf("its token server answered %d %s", token.StatusCode, http.StatusText(token.StatusCode))
+		err = fmt.Errorf("%s: the token server of %s answered %d %s", w.what, host, token.StatusCode, http.StatusText(token.StatusCode))
 		if temporary(token.StatusCode) {
-			return &transient{err: fmt.Errorf("%s: %s: %w", w.what, r.host, err)}
+			return &transient{err: err}
 		}
-		return fmt.Errorf("%s: %s: %w", w.what, r.host, err)
+		return err
 	case errors.As(err, &authority):
-		return fmt.Errorf("the certificate of %s is not trusted (%w): if it is your own registry, add its CA to the system's certificates (update-ca-certificates) or name a file with it in SSL_CERT_FILE", r.host, err)
-	case errors.As(err, &hostname), errors.As(err, &invalid):
-		return fmt.Errorf("the certificate of %s is not good: %w", r.host, err)
-	case errors.Is(err, http.ErrSchemeMismatch), isRecordHeader(err):
-		return fmt.Errorf("%s does not speak TLS (%w): registries without are accepted on this machine and in private networks, others with --plain-http", r.host, err)
+		return fmt.Errorf("the certificate of %s is not trusted (%w): if it is your own registry, add its CA to the system's certificates (update-ca-certificates) or name a file with it in SSL_CERT_FILE", host, err)
+	case errors.As(err, &cert):
+		return fmt.Errorf("the certificate of %s is not valid for it: %w", host, err)
+	case errors.As(err, &alert):
+		return fmt.Errorf("%s refuses the TLS that is spoken here: %w", host, err)
+	case isPlain(err):
+		return fmt.Errorf("%s does not speak TLS (%w): without, only registries on this machine and in private networks are accepted", host, err)
 	case errors.As(err, &dns) && dns.IsNotFound:
-		return fmt.Errorf("there is no host %s (%w): check the registry's name", r.host, err)
-	case errors.Is(err, syscall.ECONNREFUSED):
-		err = fmt.Errorf("nothing listens at %s (%w): check the registry's name and port, and that it runs", r.host, err)
-		if r.scheme.Load() == nil {
-			return err // it never answered: it is more likely misspelt than restarting
+		return fmt.Errorf("there is no host %s (%w): check the registry's name", host, err)
+	case errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, syscall.EHOSTUNREACH), errors.Is(err, syscall.ENETUNREACH):
+		err = fmt.Errorf("nothing answers at %s (%w): check the registry's name and port, and that it runs", host, err)
+		if host == r.host && !r.answered.Load() {
+			return err // it never answered: more likely it is misspelt than restarting
 		}
 		return &transient{err: err}
 	case isBroken(err):
-		return &transient{err: fmt.Errorf("%s: %s: %w", w.what, r.host, err)}
+		return &transient{err: fmt.Errorf("%s: %s: %w", w.what, host, err)}
 	}
-	return fmt.Errorf("%s: %s: %w", w.what, r.host, err)
+	return fmt.Errorf("%s: %s: %w", w.what, host, err)
 }
 
 // isBroken reports whether a connection broke or timed out, so that another may not.
 func isBroken(err error) bool {
 	var ne net.Error
 	var op *net.OpError
-	return errors.As(err, &ne) && ne.Timeout() || errors.As(err, &op) ||
-		errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET) ||
-		strings.Contains(err.Error(), "http2: ") || // its errors are not exported by net/http
-		strings.Contains(err.Error(), "server closed idle connection")
+	if errors.As(err, &ne) && ne.Timeout() || errors.As(err, &op) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+		return true
+	}
+	// net/http does not export these.
+	for _, s := range []string{"http2: ", "stream error: ", "server closed idle connection", "connection broken"} {
+		if strings.Contains(err.Error(), s) {
+			return true
+		}
+	}
+	return false
 }
 
 // speaksNoTLS reports whether a TLS handshake failed as it does with a server that
 // speaks HTTP only, or refuses TLS. A certificate that is not trusted is no such thing.
 func speaksNoTLS(err error) bool {
 	var dial *net.OpError
-	return errors.Is(err, http.ErrSchemeMismatch) || isRecordHeader(err) ||
+	return isPlain(err) ||
 		errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET) ||
 		errors.As(err, &dial) && dial.Op == "dial" && errors.Is(err, syscall.ECONNREFUSED) // port 443; 80 may be open
 }
 
-func isRecordHeader(err error) bool {
+// isPlain reports whether the answer to a TLS handshake was something else, such as HTTP.
+func isPlain(err error) bool {
 	var rh tls.RecordHeaderError
-	return errors.As(err, &rh)
+	return errors.Is(err, http.ErrSchemeMismatch) || errors.As(err, &rh)
 }
 
 func temporary(status int) bool {

@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/types"
 )
 
 // An Image is one image of a [Source], for one platform. It does not change.
@@ -136,7 +137,11 @@ func (p *picker) walk(ctx context.Context, raw []byte, depth int) error {
 // isImage reports whether an entry of an index is an image and not what is stored beside
 // images: attestations, signatures and other artifacts.
 func isImage(d v1.Descriptor) bool {
-	if d.Annotations["vnd.docker.reference.type"] == "attestation-manifest" || d.ArtifactType != "" {
+	if d.Annotations["vnd.docker.reference.type"] == "attestation-manifest" {
+		return false
+	}
+	// Some writers give an image's entry the type of its config.
+	if d.ArtifactType != "" && !types.MediaType(d.ArtifactType).IsConfig() {
 		return false
 	}
 	if d.Platform != nil && d.Platform.OS == "unknown" && d.Platform.Architecture == "unknown" {

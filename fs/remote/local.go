@@ -34,7 +34,7 @@ type local struct {
 	ref   Reference
 	files files
 	root  root
-	// name returns a blob's name in files, and "" if it is known to have none.
+	// name returns a blob's name in files, and "" if there is none.
 	name func(v1.Hash) string
 }
 
@@ -126,16 +126,15 @@ func (s *localStream) Close() error { return s.f.close() }
 type dir struct{ *os.Root }
 
 func (d dir) open(name string) (file, error) {
-	f, err := d.Open(name)
+	st, err := d.Stat(name)
 	if err != nil {
 		return file{}, err
 	}
-	st, err := f.Stat()
-	if err == nil && !st.Mode().IsRegular() {
-		err = fmt.Errorf("%s: not a regular file", name)
+	if !st.Mode().IsRegular() { // opening a fifo would wait for a writer
+		return file{}, fmt.Errorf("%s: not a regular file", name)
 	}
+	f, err := d.Open(name)
 	if err != nil {
-		f.Close()
 		return file{}, err
 	}
 	return file{f, st.Size(), f.Close}, nil
@@ -247,15 +246,15 @@ func choose(entries []v1.Descriptor, ref Reference) (v1.Descriptor, error) {
 		fits = func(d v1.Descriptor) bool { return len(entries) == 1 || d.Annotations[refName] == "latest" }
 	}
 	found := slices.DeleteFunc(slices.Clone(entries), func(d v1.Descriptor) bool { return !fits(d) })
-	found = slices.CompactFunc(found, func(a, b v1.Descriptor) bool { return a.Digest == b.Digest })
+	one := len(found) > 0 && !slices.ContainsFunc(found, func(d v1.Descriptor) bool { return d.Digest != found[0].Digest })
 	switch {
-	case len(found) == 1:
+	case one:
 		d := found[0]
 		if err := checkHash(d.Digest); err != nil {
 			return d, fmt.Errorf("index.json: digest %.100q: %w", d.Digest, err)
 		}
 		return d, nil
-	case len(found) > 1:
+	case len(found) > 0:
 		return v1.Descriptor{}, fmt.Errorf("%d different images in it fit: choose one by its digest, such as @%v", len(found), found[0].Digest)
 	case ref.digest != v1.Hash{}:
 		return v1.Descriptor{}, errNotListed

@@ -36,7 +36,7 @@ const (
 // ParseReference parses what a user types:
 //
 //	debian:12                          docker's syntax, with docker's defaults
-//	127.0.0.1:5000/py@sha256:…
+//	127.0.0.1:5000/py@sha256:…         also with docker:// before it
 //	oci:DIR, oci:DIR:TAG               an OCI image layout
 //	oci:DIR@sha256:…
 //	docker-archive:FILE                a tar file written by docker save
@@ -52,7 +52,8 @@ func ParseReference(s string) (Reference, error) {
 	} else if rest, ok = strings.CutPrefix(s, archivePrefix); ok {
 		r.kind = Archive
 	} else {
-		n, err := name.ParseReference(s)
+		// Other tools write docker:// before it; without this line that would be a host named "docker".
+		n, err := name.ParseReference(strings.TrimPrefix(s, "docker://"))
 		if err != nil {
 			return Reference{}, fmt.Errorf("image %q: not a reference: want NAME[:TAG], oci:DIR[:TAG] or docker-archive:FILE[:TAG]: %w", s, err)
 		}

@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"net/http/httptrace"
 	"net/netip"
 	"net/url"
 	"runtime/debug"
@@ -83,6 +84,7 @@ type registry struct {
 	patience patience
 	auth     *auth
 
+	answered atomic.Bool            // the registry exists
 	scheme   atomic.Pointer[string] // what the registry speaks, once it has answered
 	mayPlain bool                   // HTTP is allowed if HTTPS is not spoken
 
@@ -331,6 +333,7 @@ func (r *registry) ask(ctx context.Context, w *want) (*http.Response, error) {
 			w.blob.location.CompareAndSwap(to, nil)
 		}
 	}
+	host := r.host
 	resp, err := r.askRegistry(ctx, w)
 	const maxHops = 5
 	for hop := 0; err == nil && isRedirect(resp.StatusCode); hop++ {
@@ -343,6 +346,7 @@ func (r *registry) ask(ctx context.Context, w *want) (*http.Response, error) {
 		case to.Scheme != "https" && (to.Scheme != "http" || from.Scheme == "https" && !isNear(to.Host)):
 			return nil, fmt.Errorf("%s: %s redirects to %.100q, which is not protected by TLS", w.what, r.host, to.Scheme+"://"+to.Host)
 		}
+		host = to.Host
 		authorization := ""
 		if to.Host == from.Host && to.Host == r.host && to.Scheme == from.Scheme {
 			authorization = r.auth.current().header
@@ -352,7 +356,7 @@ func (r *registry) ask(ctx context.Context, w *want) (*http.Response, error) {
 		}
 	}
 	if err != nil {
-		return nil, r.explain(ctx, w, err)
+		return nil, r.explain(ctx, w, host, err)
 	}
 	if !success(resp.StatusCode) {
 		defer discard(resp)
@@ -426,6 +430,8 @@ func (r *registry) sendRegistry(ctx context.Context, w *want, authorization stri
 	return resp, err
 }
 
+// send sends one request, and is all that leaves this machine for content.
+
 func (r *registry) send(ctx context.Context, u *url.URL, w *want, authorization string) (*http.Response, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
 	if err != nil {
@@ -441,7 +447,11 @@ func (r *registry) send(ctx context.Context, u *url.URL, w *want, authorization 
 	if authorization != "" {
 		req.Header.Set("Authorization", authorization)
 	}
-	return r.http.RoundTrip(req)
+	resp, err := r.http.RoundTrip(req)
+	if err == nil && u.Host == r.host {
+		r.answered.Store(true)
+	}
+	return resp, err
 }
 
 // transient marks an error after which the same request may succeed.
@@ -499,16 +509,18 @@ func retryAfter(resp *http.Response) time.Duration {
 // counts are the numbers of [Stats], as they grow.
 type counts struct{ requests, bytes atomic.Int64 }
 
-// counting counts requests and bytes, and says who asks.
+// counting counts requests and bytes, and says who asks. A request counts when it is written:
+// a connection that fails carries none.
 type counting struct {
 	inner http.RoundTripper
 	n     *counts
 }
 
 func (c *counting) RoundTrip(req *http.Request) (*http.Response, error) {
-	req = req.Clone(req.Context())
+	req = req.Clone(httptrace.WithClientTrace(req.Context(), &httptrace.ClientTrace{
+		WroteHeaders: func() { c.n.requests.Add(1) },
+	}))
 	req.Header.Set("User-Agent", userAgent())
-	c.n.requests.Add(1)
 	resp, err := c.inner.RoundTrip(req)
 	if err == nil {
 		resp.Body = &countingBody{resp.Body, c.n}

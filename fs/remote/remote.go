@@ -138,6 +138,7 @@ func readBlob(ctx context.Context, src Source, desc v1.Descriptor, limit int64) 
 			if err = verify("blob", desc.Digest, buf.Bytes()); err == nil {
 				return buf.Bytes(), nil
 			}
+			try = max(try, tries-1) // once more will do
 		}
 		if try == tries || ctx.Err() != nil {
 			return nil, err
@@ -177,8 +178,8 @@ func checkHash(h v1.Hash) error {
 	return nil
 }
 
-// manifestType returns the media type of a manifest or index. The bytes decide, then hint, which is
-// what the server or a descriptor says. Bytes that could be read as either are refused: two
+// manifestType returns the media type of a manifest or index: what its bytes say, else hint, which is
+// what the server or a descriptor says, else what its form is. Bytes that could be read as either are refused: two
 // readers would run two different images of one digest (CVE-2021-41190).
 func manifestType(b []byte, hint types.MediaType) (types.MediaType, error) {
 	var m struct {
@@ -202,11 +203,11 @@ func manifestType(b []byte, hint types.MediaType) (types.MediaType, error) {
 		if index && t.IsIndex() || image && t.IsImage() {
 			return t, nil
 		}
+		if t == m.MediaType && t != "" {
+			return "", fmt.Errorf("a manifest of type %.80q does not fit its content", t)
+		}
 	}
-	switch {
-	case m.MediaType != "":
-		return "", fmt.Errorf("a manifest of type %.80q does not fit its content", m.MediaType)
-	case index:
+	if index {
 		return types.OCIImageIndex, nil
 	}
 	return types.OCIManifestSchema1, nil

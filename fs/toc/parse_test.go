@@ -5,9 +5,9 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -235,5 +235,96 @@ func TestZstdChunked(t *testing.T) {
 	}
 }
 
-var _ = errors.New
-var _ = json.Marshal
+// The sample as podman writes it; see testdata/podman/main.go.
+func TestPodman(t *testing.T) {
+	blob, err := os.ReadFile("testdata/podman/layer.tar.zst")
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := os.ReadFile("testdata/podman/annotations.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var annotations map[string]string
+	if err := json.Unmarshal(b, &annotations); err != nil {
+		t.Fatal(err)
+	}
+	for name, annotations := range map[string]map[string]string{
+		"position": annotations,
+		"footer":   {PodmanChecksumAnnotation: annotations[PodmanChecksumAnnotation]},
+	} {
+		t.Run(name, func(t *testing.T) {
+			toc, err := open(blob, annotations)
+			if err != nil {
+				t.Fatal(err)
+			}
+			check(t, toc, blob, sample())
+			holes := 0
+			for _, c := range toc.Chunks {
+				if c.Hole {
+					holes++
+				}
+			}
+			if holes == 0 || len(toc.Chunks) < 7 {
+				t.Errorf("%d holes among %d chunks", holes, len(toc.Chunks))
+			}
+		})
+	}
+}
+
+// A layer of before eStargz: a footer of 47 bytes, no landmark, no chunk digests.
+func TestLegacy(t *testing.T) {
+	digest := sha256.Sum256([]byte("hello"))
+	index := fmt.Sprintf(`{"version":1,"entries":[{"name":"a/","type":"dir","modtime":"2019-01-01T00:00:00Z","mode":493},`+
+		`{"name":"a/b","type":"reg","size":5,"offset":3,"digest":"%s"}]}`, Digest(digest))
+	blob := gzipBlob(t, index, 100)
+	blob = append(blob[:len(blob)-estargz.FooterSize], legacyFooter(100)...)
+	toc, err := open(blob, map[string]string{DigestAnnotation: Digest(sha256.Sum256([]byte(index))).String()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := &TOC{
+		Digest: sha256.Sum256([]byte(index)), Compression: Gzip, DataEnd: 100,
+		Entries: []Entry{
+			{Name: "a", Type: Directory, Mode: 0o755, MTime: 1546300800},
+			{Name: "a/b", Type: Regular, Size: 5, NumChunks: 1},
+		},
+		Chunks: []Chunk{{Digest: digest, Size: 5, Member: 3}},
+	}
+	if diff := cmp.Diff(want, toc); diff != "" {
+		t.Error(diff)
+	}
+}
+
+// gzipBlob returns a blob of dataEnd bytes of nothing, a table of contents and a footer.
+func gzipBlob(t testing.TB, index string, dataEnd int64) []byte {
+	b := bytes.NewBuffer(make([]byte, dataEnd))
+	b.Write(gzipTOC(t, index))
+	extra := fmt.Appendf([]byte("SG\x16\x00"), "%016xSTARGZ", dataEnd)
+	b.Write(estargz.CreateGzipFooter(extra))
+	return b.Bytes()
+}
+
+func gzipTOC(t testing.TB, index string) []byte {
+	var b bytes.Buffer
+	z := gzip.NewWriter(&b)
+	w := tar.NewWriter(z)
+	if err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: TarName, Size: int64(len(index))}); err != nil {
+		t.Fatal(err)
+	}
+	io.WriteString(w, index)
+	w.Close()
+	z.Close()
+	return b.Bytes()
+}
+
+func legacyFooter(offset int64) []byte {
+	return estargz.CreateGzipFooter(fmt.Appendf(nil, "%016xSTARGZ", offset))
+}
+
+// parseJSON parses a table of contents of the given JSON, of a blob with 1000 bytes of files.
+func parseJSON(t testing.TB, index string) (*TOC, error) {
+	packed := gzipTOC(t, index)
+	loc := Location{Compression: Gzip, Offset: 1000, Size: int64(len(packed)), DataEnd: 1000}
+	return Parse(bytes.NewReader(packed), loc, Promise{Digest: sha256.Sum256([]byte(index))})
+}

@@ -217,6 +217,9 @@ func xattrs(path string) (map[string]string, error) {
 	if size, err = unix.Llistxattr(path, list); err != nil {
 		return fail(err)
 	}
+	if size == 0 {
+		return nil, nil // overlayfs counts its own and does not list them
+	}
 	m := map[string]string{}
 	for name := range strings.SplitSeq(strings.TrimSuffix(string(list[:size]), "\x00"), "\x00") {
 		if strings.HasPrefix(name, "trusted.overlay.") {

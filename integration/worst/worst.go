@@ -22,6 +22,8 @@ type Options struct {
 	// LowerLinks adds hard links to files of lower layers. containerd's overlayfs
 	// snapshotter cannot unpack them: there the target is in another directory.
 	LowerLinks bool
+	// GNUSparse adds old GNU sparse files. containerd and umoci refuse them; PAX ones with the same content are always there.
+	GNUSparse bool
 	// Plain leaves out what stargz-snapshotter's converter gets wrong or refuses: entries that replace
 	// a directory of the same layer, or are replaced by one.
 	Plain bool
@@ -38,9 +40,12 @@ const (
 type Image struct {
 	// Layers is the number of layers, empty and repeated ones included.
 	Layers int
-	// Implicit holds the directories that some layer uses without an entry
-	// for them: containerd gives them the time of the unpacking. "" is the root, whose entry containerd ignores.
-	Implicit []string
+	// Unknown holds the directories of which no layer says the time: parents without entries, and the root (""),
+	// whose entry containerd ignores.
+	Unknown []string
+	// Inherited holds the directories that a layer writes into without an entry for them, so that a lower layer's
+	// attributes hold. containerd gives them the time of the unpacking.
+	Inherited []string
 	// HiddenLinks holds the names of files of which another name was removed or replaced in a
 	// higher layer: overlayfs still counts that name.
 	HiddenLinks []string
@@ -53,7 +58,8 @@ func Write(dir string, o Options) (*Image, error) {
 		return nil, err
 	}
 	img := &Image{
-		Implicit:    []string{"", "implicit", "implicit/in", "implicit/in/one", "change/implied", "opaque/implied"},
+		Unknown:     []string{"", "implicit", "implicit/in", "implicit/in/one"},
+		Inherited:   []string{"change/implied", "opaque/implied"},
 		HiddenLinks: []string{"links/half/stays", "links/replaced/stays"},
 	}
 	steps := []struct {
@@ -111,7 +117,7 @@ func everything(l *layer, o Options) {
 	symlinks(l)
 	owners(l)
 	formats(l)
-	sparse(l)
+	sparse(l, o)
 	twice(l, o)
 
 	// Parents without entries.
@@ -178,7 +184,7 @@ func change(l *layer, o Options) {
 	l.opaque("opaque/implied")
 	l.file("opaque/implied/new", "new\n")
 	l.opaque("opaque/before")
-	l.dir("opaque/before/", 0o701)
+	l.add(tar.Header{Name: "opaque/before/", Typeflag: tar.TypeDir, Mode: 0o701, PAXRecords: xattr("user.layer", "0")}, "")
 	l.file("opaque/before/old", "another old\n")
 	l.dir("opaque/after/", 0o701)
 	l.file("opaque/after/new", "new\n")
@@ -398,8 +404,8 @@ func names(l *layer) {
 	for _, n := range []string{"new\nline", "\xff", "-", strings.Repeat("d", 255), " "} {
 		l.dir("names/dirs/"+n+"/", 0o755)
 		l.file("names/dirs/"+n+"/"+n, "in "+n+"\n")
-		l.symlink("names/dirs/"+n+"/to "+n[:1], n)
 		l.link("names/dirs/"+n+"/link to "+n[:1], "names/dirs/"+n+"/"+n)
+		l.symlink("names/dirs/"+n+"/to "+n[:1], n)
 	}
 	deep := "names/deep"
 	l.dir(deep+"/", 0o755)
@@ -463,7 +469,7 @@ func formats(l *layer) {
 	l.raw(rawHeader{name: "formats/wrong", mode: 0o604, size: 6, mtime: 1, version: ustar, typeflag: tar.TypeReg}, "by pax")
 }
 
-func sparse(l *layer) {
+func sparse(l *layer, o Options) {
 	type piece struct {
 		off  int64
 		data string
@@ -491,7 +497,9 @@ func sparse(l *layer) {
 			m = append(m, span{p.off, int64(len(p.data))})
 			data += p.data
 		}
-		l.sparseGNU("sparse/gnu "+s.name, s.size, m, data)
+		if o.GNUSparse {
+			l.sparseGNU("sparse/gnu "+s.name, s.size, m, data)
+		}
 		l.sparse01("sparse/pax 0.1 "+s.name, s.size, m, data)
 		l.sparse10("sparse/pax 1.0 "+s.name, s.size, m, data)
 	}

@@ -20,7 +20,7 @@ func TestDeterministic(t *testing.T) {
 	var indexes [2]string
 	for i := range indexes {
 		dir := t.TempDir()
-		img, err := Write(dir, Options{LowerLinks: true})
+		img, err := Write(dir, Options{LowerLinks: true, GNUSparse: true})
 		if err != nil {
 			t.Fatal(err)
 		}

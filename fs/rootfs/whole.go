@@ -124,7 +124,7 @@ type wholeBlob struct {
 	size int64
 	off  int64
 	body io.ReadCloser
-	got  *atomic.Int64
+	got  *atomic.Int64 // counts bytes, if not nil
 	o    *MountOptions
 
 	failed int // times in a row without a byte
@@ -146,7 +146,9 @@ func (b *wholeBlob) Read(p []byte) (int, error) {
 		if n > 0 {
 			b.failed = 0
 			b.off += int64(n)
-			b.got.Add(int64(n))
+			if b.got != nil {
+				b.got.Add(int64(n))
+			}
 			b.o.fetched(int64(n))
 			return n, nil
 		}

@@ -277,7 +277,7 @@ func (t *Tree) Stats() Stats { return t.stats }
 func (t *Tree) WriteTo(w io.Writer) (int64, error) {
 	sharedStart, dataStart := t.starts()
 	o := &output{w: w, buf: make([]byte, 0, 256<<10)}
-	o.b(make([]byte, superOffset))
+	o.pad(superOffset)
 	t.writeSuper(o, sharedStart/blockSize)
 	for i, n := range t.order {
 		if err := o.flush(); err != nil {
@@ -528,11 +528,12 @@ func (o *output) s(p string)   { o.buf = append(o.buf, p...) }
 
 // pad writes zeros up to the offset to.
 func (o *output) pad(to int64) {
-	var zero [blockSize]byte
 	for n := to - o.at(); n > 0; n = to - o.at() {
-		o.b(zero[:min(n, blockSize)])
+		o.b(zeros[:min(n, blockSize)])
 	}
 }
+
+var zeros [blockSize]byte
 
 // xattr writes one entry.
 func (o *output) xattr(x toc.Xattr) {

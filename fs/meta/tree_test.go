@@ -270,8 +270,9 @@ func readErofs(t *testing.T, image []byte) (files []file) {
 // readDir reads what the kernel shows of a mounted tree.
 func readDir(t *testing.T, root string) (files []file) {
 	t.Helper()
+	t.Chdir(root) // the longest names leave no room for a prefix
 	var buf [64 << 10]byte
-	err := filepath.WalkDir(root, func(name string, d fs.DirEntry, err error) error {
+	err := filepath.WalkDir(".", func(name string, d fs.DirEntry, err error) error {
 		if err != nil {
 			return err
 		}
@@ -280,8 +281,11 @@ func readDir(t *testing.T, root string) (files []file) {
 			return fmt.Errorf("%s: lstat: %w", name, err)
 		}
 		f := file{
-			name: strings.TrimPrefix(name[len(root):], "/"), mode: st.Mode, uid: st.Uid, gid: st.Gid, size: st.Size,
+			name: name, mode: st.Mode, uid: st.Uid, gid: st.Gid, size: st.Size,
 			sec: st.Mtim.Sec, nsec: st.Mtim.Nsec, links: int(st.Nlink), rdev: uint32(st.Rdev), ino: st.Ino, xattrs: map[string]string{},
+		}
+		if name == "." {
+			f.name = ""
 		}
 		if st.Mode&unix.S_IFMT == unix.S_IFLNK {
 			if f.link, err = os.Readlink(name); err != nil {

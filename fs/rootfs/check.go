@@ -73,7 +73,7 @@ func Inspect(ctx context.Context, ref remote.Reference, o InspectOptions) (*Repo
 		if l.why != nil {
 			return nil
 		}
-		t, err := l.fetchTOC(ctx)
+		t, _, err := l.fetchTOC(ctx)
 		if errors.Is(err, toc.ErrNotLazy) {
 			l.ordinary(err)
 			return nil

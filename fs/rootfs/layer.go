@@ -5,10 +5,10 @@ import (
 	"bytes"
 	"context"
 	"encoding/gob"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -67,11 +67,11 @@ func (l *layer) name() string { return "layer " + l.Digest.String() }
 func tailGuess(size int64) int64 { return min(size, max(size/64, 256<<10), 16<<20) }
 
 // fetchTOC gets the layer's table of contents from the blob: in one request if the annotations say where it
-// is or the guess is large enough, else in two.
-func (l *layer) fetchTOC(ctx context.Context) (*toc.TOC, error) {
+// is or the guess is large enough, else in two. It returns the bytes that it was made of too.
+func (l *layer) fetchTOC(ctx context.Context) (*toc.TOC, *compressedTOC, error) {
 	loc, known, err := toc.Locate(l.Annotations, l.Size)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	if known {
 		return l.readTOC(ctx, loc, nil, l.Size)
@@ -79,16 +79,17 @@ func (l *layer) fetchTOC(ctx context.Context) (*toc.TOC, error) {
 	guess := tailGuess(l.Size)
 	tail, err := readRange(ctx, l.Blob, l.Size-guess, guess)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	if loc, err = toc.ParseFooter(tail, l.Size); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	return l.readTOC(ctx, loc, tail, l.Size-guess)
 }
 
-// readTOC reads the table at loc, of which tail, at byte at of the blob, may have all or a part.
-func (l *layer) readTOC(ctx context.Context, loc toc.Location, tail []byte, at int64) (*toc.TOC, error) {
+// readTOC reads the table at loc, of which tail, at byte at of the blob, may have all or a part. It is parsed while
+// it arrives.
+func (l *layer) readTOC(ctx context.Context, loc toc.Location, tail []byte, at int64) (*toc.TOC, *compressedTOC, error) {
 	var r io.Reader
 	if loc.Offset >= at {
 		r = bytes.NewReader(tail[loc.Offset-at:])
@@ -96,12 +97,20 @@ func (l *layer) readTOC(ctx context.Context, loc toc.Location, tail []byte, at i
 		missing := min(loc.Offset+loc.Size, at) - loc.Offset
 		body, err := l.Blob.Range(ctx, loc.Offset, missing)
 		if err != nil {
-			return nil, err
+			return nil, nil, err
 		}
 		defer body.Close()
 		r = io.MultiReader(body, bytes.NewReader(tail))
 	}
-	return toc.Parse(r, loc, l.promise)
+	c := &compressedTOC{Location: loc}
+	t, err := toc.Parse(io.TeeReader(r, &c.bytes), loc, l.promise)
+	return t, c, err
+}
+
+// A compressedTOC is a table of contents as it lies in the blob, which is how the store keeps it.
+type compressedTOC struct {
+	toc.Location
+	bytes bytes.Buffer
 }
 
 // attempts is how often something small is asked for before it counts as not to be had: a stream that breaks is not
@@ -131,26 +140,16 @@ func readRange(ctx context.Context, b remote.Blob, off, n int64) ([]byte, error)
 // open returns the layer's TOC: the one that the store keeps, else from the blob, or if the layer is not lazy from all
 // of it, whose files are then in the store.
 func (l *layer) open(ctx context.Context, n *Node, o *MountOptions) (*toc.TOC, error) {
-	if t, err := n.loadTOC(l.id); err == nil {
+	if t, err := l.load(n); err == nil {
 		return t, nil
 	}
 	if l.why == nil {
-		var t *toc.TOC
-		var err error
-		for range attempts { // a table that does not verify may have been damaged on the way
-			if t, err = l.fetchTOC(ctx); err == nil {
-				n.tables.Go(func() { n.keepTOC(l.id, t) })
-				return t, nil
-			}
-			if errors.Is(err, toc.ErrNotLazy) || ctx.Err() != nil {
-				break
-			}
-		}
+		t, err := l.fetch(ctx, n)
 		if !errors.Is(err, toc.ErrNotLazy) {
-			return nil, fmt.Errorf("%s: %w", l.name(), err)
+			return t, err
 		}
 		l.ordinary(err)
-		if t, err := n.loadTOC(l.id); err == nil {
+		if t, err := l.load(n); err == nil {
 			return t, nil
 		}
 	}
@@ -159,7 +158,73 @@ func (l *layer) open(ctx context.Context, n *Node, o *MountOptions) (*toc.TOC, e
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", l.name(), err)
 	}
-	n.tables.Go(func() { n.keepTOC(l.id, t) })
+	return t, l.keep(n, func(f *os.File) error {
+		// It is what Go's gob makes of it: the file is ours, and read by this program only.
+		z, err := zstd.NewWriter(f, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderConcurrency(1))
+		if err != nil {
+			return err
+		}
+		return errors.Join(gob.NewEncoder(z).Encode(t), z.Close())
+	})
+}
+
+// fetch returns the layer's TOC from the blob, and keeps it in the store.
+func (l *layer) fetch(ctx context.Context, n *Node) (t *toc.TOC, err error) {
+	var c *compressedTOC
+	for range attempts { // a table that does not verify may have been damaged on the way
+		t, c, err = l.fetchTOC(ctx)
+		if err == nil || errors.Is(err, toc.ErrNotLazy) || ctx.Err() != nil {
+			break
+		}
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", l.name(), err)
+	}
+	return t, l.keep(n, func(f *os.File) error {
+		if err := json.NewEncoder(f).Encode(c.Location); err != nil { // one line
+			return err
+		}
+		_, err := c.bytes.WriteTo(f)
+		return err
+	})
+}
+
+// keep writes down what the layer's TOC can be made from again, for other images that use the layer.
+func (l *layer) keep(n *Node, write func(*os.File) error) error {
+	if err := os.MkdirAll(n.store.Path("layers", l.id), 0o700); err != nil {
+		return err
+	}
+	return n.store.WriteFile(write, "layers", l.id, "toc")
+}
+
+// load returns the TOC that the store keeps.
+func (l *layer) load(n *Node) (*toc.TOC, error) {
+	f, err := os.Open(n.store.Path("layers", l.id, "toc"))
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	r := bufio.NewReaderSize(f, 1<<18)
+	t := new(toc.TOC)
+	if l.why == nil {
+		var line []byte
+		if line, err = r.ReadBytes('\n'); err == nil {
+			var loc toc.Location
+			if err = json.Unmarshal(line, &loc); err == nil {
+				t, err = toc.Parse(r, loc, l.promise)
+			}
+		}
+	} else {
+		var z *zstd.Decoder
+		if z, err = zstd.NewReader(r, zstd.WithDecoderConcurrency(1)); err == nil {
+			defer z.Close()
+			err = gob.NewDecoder(bufio.NewReaderSize(z, 1<<18)).Decode(t)
+		}
+	}
+	if err != nil {
+		n.log.Warn("a table of contents in the store is damaged; it is fetched again", "layer", l.id, "err", err)
+		return nil, err
+	}
 	return t, nil
 }
 
@@ -206,46 +271,6 @@ func (l *layer) source(n *Node, table *toc.Table, o *MountOptions) *fetch.Layer 
 		Blob:  l.Blob,
 		Whole: func(ctx context.Context) error { _, err := l.unpack(ctx, n, o); return err },
 	}
-}
-
-// keepTOC writes a TOC down for other images that use the layer. It is what Go's gob makes of it, compressed: the file is
-// ours, verified when it was made, and read by this program only.
-func (n *Node) keepTOC(id string, t *toc.TOC) {
-	err := os.MkdirAll(n.store.Path("layers", id), 0o700)
-	if err == nil {
-		err = n.store.WriteFile(func(f *os.File) error {
-			z, err := zstd.NewWriter(f, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderConcurrency(1))
-			if err != nil {
-				return err
-			}
-			if err := gob.NewEncoder(z).Encode(t); err != nil {
-				return err
-			}
-			return z.Close()
-		}, "layers", id, "toc")
-	}
-	if err != nil {
-		n.log.Warn("a table of contents could not be kept", "layer", id, "err", err)
-	}
-}
-
-func (n *Node) loadTOC(id string) (*toc.TOC, error) {
-	f, err := os.Open(n.store.Path("layers", id, "toc"))
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	z, err := zstd.NewReader(bufio.NewReaderSize(f, 1<<18), zstd.WithDecoderConcurrency(1))
-	if err != nil {
-		return nil, err
-	}
-	defer z.Close()
-	t := new(toc.TOC)
-	if err := gob.NewDecoder(bufio.NewReaderSize(z, 1<<18)).Decode(t); err != nil {
-		n.log.Warn("a table of contents in the store is damaged; it is fetched again", "layer", id, "err", err)
-		return nil, fs.ErrNotExist
-	}
-	return t, nil
 }
 
 // objectsOf calls f for each object of a layer that the store knows, until f returns false.

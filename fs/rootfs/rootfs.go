@@ -67,8 +67,7 @@ type Node struct {
 	mu     sync.Mutex
 	mounts int // ever made, for names
 
-	whole  atomic.Int64   // bytes of layers fetched whole
-	tables sync.WaitGroup // what is written down behind a mount's back
+	whole atomic.Int64 // bytes of layers fetched whole
 }
 
 var nodes atomic.Int64 // of this process, ever
@@ -161,7 +160,6 @@ func removeRun(dir string) error {
 
 // Close ends the node's use. Its images must be closed before.
 func (n *Node) Close() error {
-	n.tables.Wait()
 	errs := []error{removeRun(n.run)}
 	if n.server != nil {
 		errs = append(errs, n.server.Wait()) // ends when the last overlay that uses it is gone

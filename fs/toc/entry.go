@@ -120,9 +120,11 @@ func (e *Entry) normalize() (err error) {
 	}
 	switch e.Type {
 	case Hardlink:
-		if e.Link, err = cleanName(e.Link); err != nil {
+		link, err := cleanName(e.Link)
+		if err != nil {
 			return fmt.Errorf("hard link to %.300q: %w", e.Link, err)
 		}
+		e.Link = link
 		if e.Link == "" {
 			return errors.New("hard link to the root")
 		}

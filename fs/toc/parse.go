@@ -178,7 +178,7 @@ type parser struct {
 type row struct {
 	seen                                        uint32
 	name, nameBytes, link, linkBytes            string
-	typ                                         Type // 0 for a chunk
+	typ                                         Type
 	size, offset, inner, chunkOffset, chunkSize int64
 	mode, uid, gid, major, minor                int64
 	mtime                                       time.Time
@@ -186,6 +186,7 @@ type row struct {
 	xattrBytes                                  int
 	digest, chunkDigest                         Digest
 	zeros                                       bool
+	further                                     bool // a chunk, not an entry
 }
 
 // The keys of a row, as bits of row.seen.
@@ -315,13 +316,16 @@ func (p *parser) entries() error {
 func (p *parser) entry() error {
 	r := &p.row
 	*r = row{xattrs: r.xattrs[:0]}
-	if err := p.object(p.onField); err != nil {
+	if err := p.open('{'); err != nil {
+		return p.wrap(err)
+	}
+	if err := p.members(p.onField); err != nil {
 		return p.wrap(fmt.Errorf("%.100s: %w", p.d.StackPointer().LastToken(), err))
 	}
 	if r.seen&kType == 0 {
 		return p.wrap(errors.New("no type"))
 	}
-	if r.typ == 0 {
+	if r.further {
 		if !p.file {
 			return p.wrap(errors.New("a chunk of no file"))
 		}
@@ -339,7 +343,7 @@ func (p *parser) wrap(err error) error {
 		return nil
 	}
 	name := p.row.name
-	if p.row.seen&kType != 0 && p.row.typ == 0 {
+	if p.row.further {
 		name = p.name
 	}
 	if name == "" {
@@ -586,10 +590,10 @@ func (r *row) parseType(s []byte) error {
 			return nil
 		}
 	}
-	if string(s) != typeChunk {
-		return fmt.Errorf("%.100q: not known", s)
+	if r.further = string(s) == typeChunk; r.further {
+		return nil
 	}
-	return nil
+	return fmt.Errorf("%.100q: not known", s)
 }
 
 // parseDigest is ParseDigest without garbage. "" is no digest: containers/storage
@@ -599,8 +603,8 @@ func parseDigest(d *Digest, s []byte) error {
 	if len(s) == 0 {
 		return nil
 	}
-	if hexed, ok := bytes.CutPrefix(s, []byte(prefix)); ok {
-		if n, err := hex.Decode(d[:], hexed[:min(len(hexed), 2*len(d))]); err == nil && n == len(d) && len(hexed) == 2*n {
+	if hexed, ok := bytes.CutPrefix(s, []byte(prefix)); ok && len(hexed) == 2*len(d) && !bytes.ContainsAny(hexed, "ABCDEF") {
+		if _, err := hex.Decode(d[:], hexed); err == nil {
 			return nil
 		}
 	}
@@ -639,6 +643,11 @@ func (p *parser) object(f func(key []byte) error) error {
 	if err := p.open('{'); err != nil {
 		return err
 	}
+	return p.members(f)
+}
+
+// members is object from after its beginning.
+func (p *parser) members(f func(key []byte) error) error {
 	for p.d.PeekKind() != '}' {
 		key, err := p.text()
 		if err != nil {

@@ -1,0 +1,205 @@
+package convert
+
+import (
+	"compress/gzip"
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"runtime"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/containerd/stargz-snapshotter/estargz"
+	kgzip "github.com/klauspost/compress/gzip"
+	"github.com/klauspost/compress/zstd"
+
+	"lazuli/fs/remote"
+)
+
+// benchImage is the image that benchmarks convert: an OCI layout's reference in LAZULI_BENCH_IMAGE.
+func benchImage(b *testing.B) remote.Reference {
+	s := os.Getenv("LAZULI_BENCH_IMAGE")
+	if s == "" {
+		b.Skip("LAZULI_BENCH_IMAGE names no image, such as oci:DIR")
+	}
+	ref, err := remote.ParseReference(s)
+	if err != nil {
+		b.Fatal(err)
+	}
+	return ref
+}
+
+// benchTars returns the tars of the image's layers as files, and how large its layers are.
+func benchTars(b *testing.B) (tars []*os.File, size int64) {
+	ctx := context.Background()
+	src, err := remote.Open(ctx, benchImage(b), remote.Options{})
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer src.Close()
+	img, err := remote.Pick(ctx, src, nil)
+	if err != nil {
+		b.Fatal(err)
+	}
+	for _, l := range img.Layers {
+		size += l.Size
+		in := newSource(ctx, l.Blob, func(int) {})
+		r, stop, err := inflate(in)
+		if err != nil {
+			b.Fatal(err)
+		}
+		f, err := os.Create(filepath.Join(b.TempDir(), l.Digest.Hex))
+		if err != nil {
+			b.Fatal(err)
+		}
+		if _, err := io.Copy(f, r); err != nil {
+			b.Fatal(err)
+		}
+		stop()
+		in.Close()
+		tars = append(tars, f)
+	}
+	return tars, size
+}
+
+// cpu is the time that this process has computed.
+func cpu() time.Duration {
+	var u syscall.Rusage
+	syscall.Getrusage(syscall.RUSAGE_SELF, &u)
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+}
+
+// report adds the metrics that docs/convert.md has.
+func report(b *testing.B, since time.Duration, out, plain int64) {
+	b.ReportMetric((cpu()-since).Seconds()/float64(b.N), "cpu-s/op")
+	b.ReportMetric(float64(out)/1e6, "MB")
+	b.ReportMetric(float64(out)/float64(plain), "size/plain")
+}
+
+// BenchmarkConvert converts the image with every combination of level, chunk size and group size. The size is against
+// the image's own layers, which should be what "gzip -6" makes.
+func BenchmarkConvert(b *testing.B) {
+	src := benchImage(b)
+	type combination struct {
+		format       Format
+		level        int
+		chunk, group int64
+	}
+	var all []combination
+	for _, level := range []int{4, 5, 6, 7, 8, 9} {
+		all = append(all, combination{EStargz, level, 128 << 10, 128 << 10})
+	}
+	for _, kib := range [][2]int64{{64, 64}, {64, 128}, {128, 64}, {128, 256}, {256, 64}, {256, 128}, {256, 256}, {1024, 256}, {4096, 4096}, {128, 0}, {4096, 0}} {
+		all = append(all, combination{EStargz, 6, kib[0] << 10, max(1, kib[1]<<10)})
+	}
+	for _, level := range []int{1, 3, 7, 11} {
+		all = append(all, combination{ZstdChunked, level, 128 << 10, 128 << 10})
+	}
+	for _, kib := range [][2]int64{{128, 0}, {64, 64}, {256, 256}} {
+		all = append(all, combination{ZstdChunked, 3, kib[0] << 10, max(1, kib[1]<<10)})
+	}
+	for _, c := range all {
+		b.Run(fmt.Sprintf("%s/level=%d/chunk=%d/group=%d", c.format, c.level, c.chunk>>10, c.group>>10), func(b *testing.B) {
+			since := cpu()
+			var in, out int64
+			for range b.N {
+				dst, _ := remote.ParseReference("oci:" + filepath.Join(b.TempDir(), "out"))
+				r, err := Image(b.Context(), src, dst, Options{Format: c.format, Level: c.level, ChunkSize: c.chunk, GroupSize: c.group})
+				if err != nil {
+					b.Fatal(err)
+				}
+				in, out = 0, 0
+				for _, l := range r.Layers {
+					in += l.SourceSize
+					out += l.TargetSize
+				}
+			}
+			report(b, since, out, in)
+		})
+	}
+}
+
+// BenchmarkPlain compresses the same tars without making them lazy.
+func BenchmarkPlain(b *testing.B) {
+	tars, plain := benchTars(b)
+	run := func(name string, compress func(io.Writer) io.WriteCloser) {
+		b.Run(name, func(b *testing.B) {
+			since := cpu()
+			var c counter
+			for range b.N {
+				c = counter{}
+				for _, f := range tars {
+					w := compress(countingWriter{&c})
+					if _, err := f.Seek(0, io.SeekStart); err != nil {
+						b.Fatal(err)
+					}
+					if _, err := io.Copy(w, f); err != nil {
+						b.Fatal(err)
+					}
+					w.Close()
+				}
+			}
+			report(b, since, c.n, plain)
+		})
+	}
+	for _, level := range []int{5, 6, 7, 8, 9} {
+		run(fmt.Sprintf("klauspost-gzip/level=%d", level), func(w io.Writer) io.WriteCloser {
+			z, _ := kgzip.NewWriterLevel(w, level)
+			return z
+		})
+	}
+	for _, level := range []int{6, 9} {
+		run(fmt.Sprintf("compress-gzip/level=%d", level), func(w io.Writer) io.WriteCloser {
+			z, _ := gzip.NewWriterLevel(w, level)
+			return z
+		})
+	}
+	for _, level := range []int{1, 3, 7} {
+		run(fmt.Sprintf("zstd/level=%d", level), func(w io.Writer) io.WriteCloser {
+			z, _ := zstd.NewWriter(w, zstd.WithEncoderLevel(zstd.EncoderLevelFromZstd(level)), zstd.WithEncoderConcurrency(1))
+			return z
+		})
+	}
+}
+
+type countingWriter struct{ c *counter }
+
+func (w countingWriter) Write(p []byte) (int, error) {
+	w.c.n += int64(len(p))
+	return len(p), nil
+}
+
+// BenchmarkStargz makes eStargz layers as stargz-snapshotter's converter does: level 9, chunks of 4 MiB,
+// one file to a member; and grouped.
+func BenchmarkStargz(b *testing.B) {
+	tars, plain := benchTars(b)
+	for _, group := range []int{0, 50000} {
+		b.Run(fmt.Sprintf("group=%d", group), func(b *testing.B) {
+			since := cpu()
+			var out int64
+			for range b.N {
+				out = 0
+				for _, f := range tars {
+					st, err := f.Stat()
+					if err != nil {
+						b.Fatal(err)
+					}
+					blob, err := estargz.Build(io.NewSectionReader(f, 0, st.Size()), estargz.WithMinChunkSize(group), estargz.WithParallelism(runtime.GOMAXPROCS(0)))
+					if err != nil {
+						b.Fatal(err)
+					}
+					n, err := io.Copy(io.Discard, blob)
+					if err != nil {
+						b.Fatal(err)
+					}
+					blob.Close()
+					out += n
+				}
+			}
+			report(b, since, out, plain)
+		})
+	}
+}

@@ -4,27 +4,125 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"lazuli/integration/worst"
 )
 
-// A lazyMount mounts the image at ref, a reference to a registry without TLS, and returns where. It is
+// A lazyMount mounts the image at ref, in a registry without TLS, and returns where. It is
 // unmounted when the test ends.
 type lazyMount func(t testing.TB, ref string) (dir string)
 
-// fidelity shows that mount makes the same tree of the image in layout as
-// containerd does, and, for the worst image, as umoci does. img is nil for an ordinary image.
-func fidelity(t *testing.T, layout string, img *worst.Image, mount lazyMount) {
-	t.Helper()
+// A conversion makes a lazy image of the one in layout and returns the layout of that.
+type conversion struct {
+	name    string
+	convert func(t testing.TB, layout string) string
+	// limited is set for stargz-snapshotter's converter: it rounds times to seconds, and can take the
+	// plain worst image only.
+	limited bool
+}
+
+// notConverted is the image as it is; its layers are fetched whole.
+var notConverted = conversion{"not converted", func(_ testing.TB, layout string) string { return layout }, false}
+
+// stargzConversions are those of stargz-snapshotter's library.
+var stargzConversions = []conversion{
+	{"stargz, eStargz", func(t testing.TB, l string) string { return stargzConvert(t, l) }, true},
+	{"stargz, eStargz, small files together", func(t testing.TB, l string) string { return stargzConvert(t, l, "-min-chunk-size", "50000") }, true},
+	{"stargz, zstd:chunked", func(t testing.TB, l string) string { return stargzConvert(t, l, "-zstdchunked") }, true},
+}
+
+// testFidelity shows for every image and every conversion that what mount makes of it is what ordinary unpackers
+// make of the original. In short mode the big ones are left out.
+func testFidelity(t *testing.T, conversions []conversion, mount lazyMount) {
 	needRoot(t)
+	mounted := func(t *testing.T, c conversion, layout string) Tree {
+		ref := NewRegistry(t, RegistryOptions{}).Push(t, c.convert(t, layout), "fidelity")
+		tree, err := Snapshot(mount(t, ref))
+		must(t, err)
+		return tree
+	}
+	all := func(t *testing.T, layout string, img *worst.Image, limited bool) {
+		for _, c := range conversions {
+			if c.limited == limited {
+				t.Run(c.name, func(t *testing.T) { fidelity(t, layout, img, mounted(t, c, layout), c.limited) })
+			}
+		}
+	}
+	t.Run("worst", func(t *testing.T) {
+		layout, img := worstImage(t, worst.Options{})
+		all(t, layout, img, false)
+		layout, img = worstImage(t, worst.Options{Plain: true})
+		all(t, layout, img, true)
+	})
+	t.Run("links to lower layers", func(t *testing.T) {
+		layout, img := worstImage(t, worst.Options{LowerLinks: true})
+		all(t, layout, img, false)
+	})
+	t.Run("GNU sparse", func(t *testing.T) {
+		layout, _ := worstImage(t, worst.Options{GNUSparse: true})
+		for _, c := range conversions {
+			if !c.limited {
+				t.Run(c.name, func(t *testing.T) { gnuSparse(t, mounted(t, c, layout)) })
+			}
+		}
+	})
+	if testing.Short() {
+		return
+	}
+	t.Run("worst and big", func(t *testing.T) {
+		layout, img := worstImage(t, worst.Options{Many: true, Huge: true})
+		all(t, layout, img, false)
+	})
+	t.Run("py", func(t *testing.T) {
+		layout := debianImage(t, "py")
+		all(t, layout, nil, false)
+		all(t, layout, nil, true)
+	})
+}
+
+// fidelity shows that got is the tree that containerd and umoci make of the image in layout. img is nil for an
+// ordinary image.
+func fidelity(t testing.TB, layout string, img *worst.Image, got Tree, rounded bool) {
+	t.Helper()
 	if img == nil {
 		img = &worst.Image{Unknown: []string{""}}
 	}
-	ref := NewRegistry(t, RegistryOptions{}).Push(t, layout, "fidelity")
-	got, err := Snapshot(mount(t, ref))
-	must(t, err)
-	report(t, "containerd", Compare(containerd(t, layout), got), containerdDiffers(img))
-	report(t, "umoci", Compare(umoci(t, layout), got), umociDiffers(img))
+	adjust := func(tree Tree) Tree { return tree }
+	if rounded {
+		adjust = roundTimes
+	}
+	if !img.Options.LowerLinks {
+		report(t, "containerd", Compare(adjust(containerd(t, layout)), got), containerdDiffers(img))
+	}
+	report(t, "umoci", Compare(adjust(umoci(t, layout)), got), umociDiffers(img))
+}
+
+// roundTimes returns the tree with the times that stargz-snapshotter's converter leaves.
+func roundTimes(tree Tree) Tree {
+	rounded := make(Tree, len(tree))
+	for name, n := range tree {
+		n.MTime = Time{Sec: time.Unix(n.MTime.Sec, n.MTime.Nsec).Round(time.Second).Unix()}
+		rounded[name] = n
+	}
+	return rounded
+}
+
+// gnuSparse shows that old GNU sparse files, which no unpacker takes, have the content of the same files in PAX form.
+func gnuSparse(t testing.TB, got Tree) {
+	t.Helper()
+	count := 0
+	for name, n := range got {
+		if kind, ok := strings.CutPrefix(name, "sparse/gnu "); ok {
+			count++
+			if want := got["sparse/pax 1.0 "+kind]; n.SHA256 != want.SHA256 || n.Size != want.Size {
+				t.Errorf("%s: %d bytes, want the same as PAX, %d", name, n.Size, want.Size)
+			}
+		}
+	}
+	if count != 6 {
+		t.Errorf("%d old GNU sparse files, want 6", count)
+	}
 }
 
 // report fails the test for each difference that is not expected.
@@ -42,10 +140,11 @@ func report(t testing.TB, who string, list []Difference, expected func(Differenc
 
 // containerdDiffers returns which differences from containerd's tree are containerd's:
 //   - it gives files from before 1970 the time 0 (pkg/archive: boundTime),
-//   - parents without entries get the time of the unpacking,
+//   - directories that a layer has no entry for get the time of the unpacking,
 //   - overlayfs counts links that a higher layer hides.
 //
-// umoci differs in none of the last three, so each name's each field is held against one of the two.
+// umoci has the first, the last and those directories that a lower layer names as the tar says, so each field of each
+// name is held against one of the two.
 func containerdDiffers(img *worst.Image) func(Difference) bool {
 	return func(d Difference) bool {
 		switch d.Field {
@@ -110,12 +209,14 @@ func TestUnpackers(t *testing.T) {
 		}
 	}
 	// What must be gone, and what must be there.
-	for _, name := range []string{"white/file", "white/dir/old", "white/removed, added, removed", "opaque/entry/old", "change/dir-file-dir/old", "change/dir-link/old"} {
+	for _, name := range []string{"white/file", "white/dir/old", "white/removed, added, removed", "opaque/entry/old",
+		"change/dir-file-dir/old", "change/dir-link/old"} {
 		if n, ok := a[name]; ok {
 			t.Errorf("%s is there: %+v", name, n)
 		}
 	}
-	for _, name := range []string{"white/removed, added", "white/dir", "opaque/entry/new", "opaque/entry/newer", "change/implied/old", "change/implied/new"} {
+	for _, name := range []string{"white/removed, added", "white/dir", "opaque/entry/new", "opaque/entry/newer",
+		"change/implied/old", "change/implied/new"} {
 		if _, ok := a[name]; !ok {
 			t.Errorf("%s is not there", name)
 		}

@@ -64,16 +64,29 @@ func run(t testing.TB, program string, args ...string) string {
 	return string(out)
 }
 
+// unpacked holds what containerd and umoci have made, by layout: it takes them longer than reading it.
+var unpacked sync.Map
+
+func once(key string, unpack func() Tree) Tree {
+	if tree, ok := unpacked.Load(key); ok {
+		return tree.(Tree)
+	}
+	tree := unpack()
+	unpacked.Store(key, tree)
+	return tree
+}
+
 // containerd unpacks an image as containerd's overlayfs snapshotter does, mounts it and returns what is to be seen.
 func containerd(t testing.TB, layout string) Tree {
 	t.Helper()
 	needRoot(t)
-	lower := unpackLayers(t, layout)
-	dir := t.TempDir()
-	mountOverlay(t, dir, lower...)
-	tree, err := Snapshot(dir)
-	must(t, err)
-	return tree
+	return once("containerd "+layout, func() Tree {
+		dir := t.TempDir()
+		mountOverlay(t, dir, unpackLayers(t, layout)...)
+		tree, err := Snapshot(dir)
+		must(t, err)
+		return tree
+	})
 }
 
 // unpackLayers returns the directories that overlayfs puts together, the highest first, and last an empty one:
@@ -116,9 +129,11 @@ func umoci(t testing.TB, layout string) Tree {
 	t.Helper()
 	needRoot(t)
 	needProgram(t, "umoci")
-	dir := filepath.Join(t.TempDir(), "root")
-	run(t, "umoci", "raw", "unpack", "--image", layout+":latest", dir)
-	tree, err := Snapshot(dir)
-	must(t, err)
-	return tree
+	return once("umoci "+layout, func() Tree {
+		dir := filepath.Join(t.TempDir(), "root")
+		run(t, "umoci", "raw", "unpack", "--image", layout+":latest", dir)
+		tree, err := Snapshot(dir)
+		must(t, err)
+		return tree
+	})
 }

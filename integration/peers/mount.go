@@ -18,6 +18,7 @@ import (
 	"github.com/containerd/stargz-snapshotter/estargz"
 	"github.com/containerd/stargz-snapshotter/fs"
 	"github.com/containerd/stargz-snapshotter/fs/config"
+	"github.com/containerd/stargz-snapshotter/fs/layer"
 	"github.com/containerd/stargz-snapshotter/fs/source"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
@@ -72,7 +73,8 @@ func stargzMount(ctx context.Context, args []string) (err error) {
 		}
 		return nil, fmt.Errorf("no layer %s", labels[digestLabel])
 	}
-	filesystem, err := fs.NewFilesystem(filepath.Join(state, "cache"), cfg, fs.WithGetSources(getSources))
+	filesystem, err := fs.NewFilesystem(filepath.Join(state, "cache"), cfg, fs.WithGetSources(getSources),
+		fs.WithOverlayOpaqueType(layer.OverlayOpaqueTrusted))
 	if err != nil {
 		return err
 	}

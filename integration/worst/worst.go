@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"strings"
 	"time"
+	"unicode/utf8"
 )
 
 // Options say what the image holds. The zero value is the whole image but for what takes long.
@@ -24,8 +25,8 @@ type Options struct {
 	LowerLinks bool
 	// GNUSparse adds old GNU sparse files. containerd and umoci refuse them; PAX ones with the same content are always there.
 	GNUSparse bool
-	// Plain leaves out what stargz-snapshotter's converter gets wrong or refuses: entries that replace
-	// a directory of the same layer, or are replaced by one.
+	// Plain leaves out what stargz-snapshotter's converter gets wrong or refuses: sparse files, names and symlinks that
+	// are not UTF-8, entries that replace a directory of the same layer or are replaced by one.
 	Plain bool
 }
 
@@ -46,6 +47,8 @@ type Image struct {
 	// Inherited holds the directories that a layer writes into without an entry for them, so that a lower layer's
 	// attributes hold. containerd gives them the time of the unpacking.
 	Inherited []string
+	// Options are what it was written with.
+	Options Options
 	// HiddenLinks holds the names of files of which another name was removed or replaced in a
 	// higher layer: overlayfs still counts that name.
 	HiddenLinks []string
@@ -58,6 +61,7 @@ func Write(dir string, o Options) (*Image, error) {
 		return nil, err
 	}
 	img := &Image{
+		Options:     o,
 		Unknown:     []string{"", "implicit", "implicit/in", "implicit/in/one"},
 		Inherited:   []string{"change/implied", "opaque/implied"},
 		HiddenLinks: []string{"links/half/stays", "links/replaced/stays"},
@@ -113,11 +117,13 @@ func everything(l *layer, o Options) {
 	sizes(l)
 	xattrs(l)
 	times(l)
-	names(l)
-	symlinks(l)
+	names(l, o)
+	symlinks(l, o)
 	owners(l)
-	formats(l)
-	sparse(l, o)
+	formats(l, o)
+	if !o.Plain {
+		sparse(l, o)
+	}
 	twice(l, o)
 
 	// Parents without entries.
@@ -390,7 +396,7 @@ func times(l *layer) {
 	l.add(tar.Header{Name: "times/gnu 2261", Mode: 0o644, Format: tar.FormatGNU, ModTime: time.Date(2261, 1, 2, 3, 4, 5, 0, time.UTC)}, "time\n")
 }
 
-func names(l *layer) {
+func names(l *layer, o Options) {
 	for _, n := range []string{
 		" ", "  leading and trailing  ", "new\nline", "\n", "tab\there", "-", "--help", "-rf", "~", "#", "$HOME", "*", "?", "[a]", "`id`", "'", "\"", "\\", "a\\b", "a:b", "a,b", "a=b",
 		"...", "....", ".hidden", "..hidden", "trailing.", ".wh", ".whiteout", "a.wh.b", "wh.x", ".WH.x", "stargz.index.json.txt", ".no.prefetch.landmark.txt",
@@ -398,10 +404,16 @@ func names(l *layer) {
 		"é", "e\u0301", "日本語", "🐢", "İ", "CASE", "case", "Case", "100%", "%s%n", "a b", "a\u00a0b", "\u200b",
 		strings.Repeat("n", 255), strings.Repeat("é", 127) + "e", strings.Repeat("w", 251), strings.Repeat("\xff", 255), strings.Repeat(" ", 100), strings.Repeat("m", 100), strings.Repeat("m", 101),
 	} {
+		if o.Plain && !utf8.ValidString(n) {
+			continue
+		}
 		l.file("names/"+n, "a file called "+n+"\n")
 	}
 	l.dir("names/dirs/", 0o755)
 	for _, n := range []string{"new\nline", "\xff", "-", strings.Repeat("d", 255), " "} {
+		if o.Plain && !utf8.ValidString(n) {
+			continue
+		}
 		l.dir("names/dirs/"+n+"/", 0o755)
 		l.file("names/dirs/"+n+"/"+n, "in "+n+"\n")
 		l.link("names/dirs/"+n+"/link to "+n[:1], "names/dirs/"+n+"/"+n)
@@ -419,7 +431,7 @@ func names(l *layer) {
 	l.file("./names/./dots//file", "written ./names/./dots//file\n")
 }
 
-func symlinks(l *layer) {
+func symlinks(l *layer, o Options) {
 	for _, s := range [][2]string{
 		{"absolute", "/types/file"}, {"relative", "../types/file"}, {"broken", "no/such/file"}, {"broken absolute", "/no/such/file"},
 		{"self", "self"}, {"loop a", "loop b"}, {"loop b", "loop a"}, {"dot", "."}, {"dotdot", ".."}, {"above the root", "../../../../../../etc/passwd"},
@@ -427,6 +439,9 @@ func symlinks(l *layer) {
 		{"spaces and lines", " a \n b "}, {"bytes", "\xff\xfe/\x80"}, {"long", strings.Repeat("0123456789", 400)}, {"99", strings.Repeat("x", 99)}, {"100", strings.Repeat("x", 100)}, {"101", strings.Repeat("x", 101)},
 		{"64", strings.Repeat("y", 64)}, {"longest", strings.Repeat("z/", 2047) + "z"},
 	} {
+		if o.Plain && !utf8.ValidString(s[1]) {
+			continue
+		}
 		l.symlink("symlinks/"+s[0], s[1])
 	}
 	l.add(tar.Header{Name: "symlinks/owned", Typeflag: tar.TypeSymlink, Linkname: "x", Uid: 1000, Gid: 100000, Mode: 0o777}, "")
@@ -446,7 +461,7 @@ func owners(l *layer) {
 	l.add(tar.Header{Name: "owners/named", Mode: 0o644, Uid: 1234, Gid: 4321, Uname: "root", Gname: "daemon"}, "owned\n")
 }
 
-func formats(l *layer) {
+func formats(l *layer, o Options) {
 	whole := epoch.Truncate(time.Second)
 	l.add(tar.Header{Name: "formats/ustar", Mode: 0o644, Format: tar.FormatUSTAR, ModTime: whole}, "ustar\n")
 	prefix := "formats/" + strings.Repeat("p", 90) + "/"
@@ -455,7 +470,9 @@ func formats(l *layer) {
 	l.add(tar.Header{Name: "formats/gnu", Mode: 0o644, Format: tar.FormatGNU, ModTime: whole}, "gnu\n")
 	l.add(tar.Header{Name: "formats/gnu " + strings.Repeat("l", 200), Mode: 0o644, Format: tar.FormatGNU, ModTime: whole}, "a long gnu name\n")
 	l.add(tar.Header{Name: "formats/gnu long link", Typeflag: tar.TypeLink, Linkname: "formats/gnu " + strings.Repeat("l", 200), Mode: 0o644, Format: tar.FormatGNU, ModTime: whole}, "")
-	l.add(tar.Header{Name: "formats/gnu caf\xe9", Mode: 0o644, Format: tar.FormatGNU, ModTime: whole}, "not UTF-8\n")
+	if !o.Plain {
+		l.add(tar.Header{Name: "formats/gnu caf\xe9", Mode: 0o644, Format: tar.FormatGNU, ModTime: whole}, "not UTF-8\n")
+	}
 	l.add(tar.Header{Name: "formats/pax", Mode: 0o644, Format: tar.FormatPAX, PAXRecords: map[string]string{"comment": "x", "VENDOR.key": "v"}}, "pax\n")
 	l.add(tar.Header{Name: "formats/pax " + strings.Repeat("l", 200), Mode: 0o644, Format: tar.FormatPAX}, "a long pax name\n")
 	l.add(tar.Header{Name: "formats/pax times", Mode: 0o644, Format: tar.FormatPAX, AccessTime: epoch, ChangeTime: epoch}, "pax\n")

@@ -321,12 +321,12 @@ func TestTooMany(t *testing.T) {
 			w.CloseWithError(z.Close())
 		}()
 		defer r.Close()
-		json, done, err := inflate(r, Location{Compression: Zstd})
+		json, _, done, err := inflate(r, Location{Compression: Zstd})
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer done()
-		return newParser(json, Location{DataEnd: 1}).toc()
+		return newParser(json, Location{DataEnd: 1}, 0).toc()
 	}
 	err := repeat(`{"type":"dir","name":"a"}`, `,{"type":"dir","name":"a"}`, MaxEntries+1000)
 	if !errors.Is(err, ErrNotLazy) || !strings.Contains(err.Error(), "more than 2097152 entries") {

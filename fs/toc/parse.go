@@ -11,6 +11,7 @@ import (
 	"hash"
 	"io"
 	"math"
+	"slices"
 	"strings"
 	"time"
 
@@ -39,7 +40,7 @@ func parse(r io.Reader, loc Location, want Promise) (*TOC, error) {
 	if want.Compressed {
 		blob.h = sha256.New()
 	}
-	inflated, done, err := inflate(blob, loc)
+	inflated, size, done, err := inflate(blob, loc)
 	if err != nil {
 		// The digest of what could not be inflated tells a broken download from a broken layer.
 		if want.Compressed {
@@ -51,7 +52,7 @@ func parse(r io.Reader, loc Location, want Promise) (*TOC, error) {
 	}
 	defer done()
 	json := &hashing{r: inflated, h: sha256.New(), limit: MaxInflated}
-	p := newParser(json, loc)
+	p := newParser(json, loc, size)
 	perr := p.toc()
 	if want.Compressed {
 		// What follows the JSON belongs to the promise too.
@@ -74,35 +75,36 @@ func parse(r io.Reader, loc Location, want Promise) (*TOC, error) {
 	return p.t, nil
 }
 
-// inflate returns the JSON that is compressed in r. done releases what it holds.
-func inflate(r io.Reader, loc Location) (json io.Reader, done func(), err error) {
+// inflate returns the JSON that is compressed in r, and its size if that is said
+// somewhere. done releases what it holds.
+func inflate(r io.Reader, loc Location) (json io.Reader, size int64, done func(), err error) {
 	switch loc.Compression {
 	case Gzip:
 		z, err := gzip.NewReader(r)
 		if err != nil {
-			return nil, nil, err
+			return nil, 0, nil, err
 		}
 		z.Multistream(false)
 		tr := tar.NewReader(z)
 		h, err := tr.Next()
 		if err != nil {
-			return nil, nil, err
+			return nil, 0, nil, err
 		}
 		if h.Name != TarName {
-			return nil, nil, fmt.Errorf("file %.100q: want %s", h.Name, TarName)
+			return nil, 0, nil, fmt.Errorf("file %.100q: want %s", h.Name, TarName)
 		}
 		if h.Size > MaxInflated {
-			return nil, nil, errTooLarge
+			return nil, 0, nil, errTooLarge
 		}
-		return tr, func() { z.Close() }, nil
+		return tr, h.Size, func() { z.Close() }, nil
 	case Zstd:
 		z, err := zstd.NewReader(r, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(maxWindow))
 		if err != nil {
-			return nil, nil, err
+			return nil, 0, nil, err
 		}
-		return z, z.Close, nil
+		return z, loc.Inflated, z.Close, nil
 	}
-	return nil, nil, fmt.Errorf("compression %d has no table of contents", loc.Compression)
+	return nil, 0, nil, fmt.Errorf("compression %d has no table of contents", loc.Compression)
 }
 
 // maxWindow is the memory a zstd frame may ask for: what zstd --ultra -22 uses.
@@ -234,8 +236,12 @@ func (f *feed) Read(b []byte) (int, error) {
 	return n, err
 }
 
-func newParser(r io.Reader, loc Location) *parser {
+func newParser(r io.Reader, loc Location, size int64) *parser {
 	p := &parser{loc: loc, t: &TOC{Compression: loc.Compression, DataEnd: loc.DataEnd}}
+	// Rows have about 300 bytes. Growing lists copies them several times over; a size that
+	// is a lie costs no more than 40 MB.
+	rows := int(min(max(size, 0)/300, 1<<17))
+	p.t.Entries, p.t.Chunks = slices.Grow(p.t.Entries, rows), slices.Grow(p.t.Chunks, rows)
 	// Keys that are given twice are found below, by less work than remembering all.
 	p.d = jsontext.NewDecoder(&feed{r: r, p: p}, jsontext.AllowDuplicateNames(true))
 	p.onField = p.field

@@ -186,7 +186,9 @@ func (t *Tree) put(n int32) error {
 	case toc.Regular:
 		e := t.entry(n)
 		p.size = e.Size
-		t.stats.RegularBytes += e.Size
+		if t.stats.RegularBytes += e.Size; t.stats.RegularBytes < 0 {
+			return fmt.Errorf("layer %d: %q: the image's files have more than 8 EiB", in.layer, e.Name)
+		}
 		if e.Size > 0 {
 			p.layout = layoutChunks
 			p.key = int32(len(t.keys))

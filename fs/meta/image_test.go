@@ -3,6 +3,7 @@ package meta
 import (
 	"bytes"
 	"crypto/sha256"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
@@ -348,6 +349,10 @@ func TestBounds(t *testing.T) {
 	for i := range toc.MaxEntries/2000 + 1 {
 		implicit = append(implicit, toc.Entry{Name: fmt.Sprintf("%d/%s", i, strings.Repeat("d/", 2000)+"f"), Type: toc.FIFO})
 	}
+	var huge []toc.Entry
+	for i := range 1 << 19 {
+		huge = append(huge, toc.Entry{Name: fmt.Sprint(i), Type: toc.Regular, Size: maxFileSize, NumChunks: 1})
+	}
 	for _, tt := range []struct {
 		name   string
 		layers []*toc.TOC
@@ -363,6 +368,7 @@ func TestBounds(t *testing.T) {
 		{"chunk of another place", regular(toc.Entry{Size: 1, NumChunks: 1}, toc.Chunk{Size: 1, FileOffset: 1}), "chunk at 1 of 1 bytes, after 0 of 1"},
 		{"chunk too large", regular(toc.Entry{Size: 1, NumChunks: 1}, toc.Chunk{Size: 1<<63 - 1}), "chunk at 0 of 9223372036854775807 bytes"},
 		{"chunks of an empty file", regular(toc.Entry{NumChunks: 1}, toc.Chunk{Size: 1}), "chunk at 0 of 1 bytes, after 0 of 0"},
+		{"all sizes", []*toc.TOC{{Entries: huge, Chunks: []toc.Chunk{{Size: maxFileSize}}}}, "the image's files have more than 8 EiB"},
 		{"nanoseconds", regular(toc.Entry{MTimeNsec: 1e9}), "modification time with 1000000000 nanoseconds"},
 		{"xattr", regular(toc.Entry{Xattrs: []toc.Xattr{{Name: "user.a", Value: strings.Repeat("x", 65536)}}}), `"f": xattr user.a of 65536 bytes: at most 65535`},
 		{"xattrs", regular(toc.Entry{Xattrs: []toc.Xattr{{Name: "user.a", Value: strings.Repeat("x", 40000)}, {Name: "user.b", Value: strings.Repeat("x", 40000)}}}), `"f": xattrs of 80028 bytes: at most 65535`},
@@ -373,6 +379,86 @@ func TestBounds(t *testing.T) {
 				t.Errorf("Merge: %v\nwant %s", err, tt.want)
 			}
 		})
+	}
+}
+
+// Short names must not buy long walks through symlinks.
+func TestSymlinkBudget(t *testing.T) {
+	l := &toc.TOC{}
+	for i := range maxLinks {
+		l.Entries = append(l.Entries, toc.Entry{Name: fmt.Sprint(i), Type: toc.Symlink, Link: fmt.Sprint(i + 1)})
+	}
+	for i := range maxLinksAll/maxLinks + 1 {
+		l.Entries = append(l.Entries, toc.Entry{Name: fmt.Sprintf("0/%d/f", i), Type: toc.FIFO})
+	}
+	_, err := Merge([]*toc.TOC{l})
+	if err == nil || !strings.Contains(err.Error(), "names lead through more than 1048576 symlinks") {
+		t.Errorf("Merge: %v", err)
+	}
+	l.Entries = l.Entries[:len(l.Entries)-1]
+	if _, err := Merge([]*toc.TOC{l}); err != nil {
+		t.Errorf("Merge, one less: %v", err)
+	}
+}
+
+// acl returns the xattr value of tag, permissions and id, in threes.
+func acl(v ...uint32) string {
+	b := binary.LittleEndian.AppendUint32(nil, 2)
+	for ; len(v) > 0; v = v[3:] {
+		b = binary.LittleEndian.AppendUint16(b, uint16(v[0]))
+		b = binary.LittleEndian.AppendUint16(b, uint16(v[1]))
+		b = binary.LittleEndian.AppendUint32(b, v[2])
+	}
+	return string(b)
+}
+
+func TestACL(t *testing.T) {
+	const none = 1<<32 - 1
+	full := acl(aclUserObj, 7, none, aclUser, 5, 1000, aclGroupObj, 5, none, aclMask, 7, none, aclOther, 0, none)
+	after := acl(aclUserObj, 6, none, aclUser, 5, 1000, aclGroupObj, 5, none, aclMask, 4, none, aclOther, 1, none)
+	minimal := acl(aclUserObj, 7, none, aclGroupObj, 5, none, aclOther, 0, none)
+	with := func(name string, typ toc.Type, xattrs ...toc.Xattr) toc.Entry {
+		return toc.Entry{Name: name, Type: typ, Mode: 0o641, Xattrs: xattrs}
+	}
+	l := &toc.TOC{Entries: []toc.Entry{
+		with("d", toc.Directory, toc.Xattr{Name: aclAccess, Value: full}, toc.Xattr{Name: aclDefault, Value: full}),
+		with("f", toc.Regular, toc.Xattr{Name: aclAccess, Value: full}),
+		with("minimal", toc.Regular, toc.Xattr{Name: aclAccess, Value: minimal}),
+		with("empty", toc.Directory, toc.Xattr{Name: aclAccess, Value: acl()}, toc.Xattr{Name: aclDefault, Value: acl()}),
+	}}
+	image := build(t, []*toc.TOC{l})
+	want := map[string]map[string]string{"": {}, "d": {aclAccess: after, aclDefault: full}, "f": {aclAccess: after}, "minimal": {}, "empty": {}}
+	show := func(t *testing.T, files []file) {
+		got := map[string]map[string]string{}
+		for _, f := range files {
+			got[f.name] = f.xattrs
+		}
+		if d := gocmp.Diff(want, got); d != "" {
+			t.Errorf("xattrs (-want +got):\n%s", d)
+		}
+	}
+	t.Run("go-erofs", func(t *testing.T) { show(t, readErofs(t, image)) })
+	t.Run("kernel", func(t *testing.T) {
+		needMounts(t)
+		show(t, readDir(t, mountImage(t, image)))
+	})
+
+	for name, v := range map[string]string{
+		"version":  "\x01\x00\x00\x00",
+		"length":   full + "x",
+		"order":    acl(aclOther, 0, none, aclUserObj, 7, none, aclGroupObj, 5, none),
+		"twice":    acl(aclUserObj, 7, none, aclUserObj, 7, none, aclGroupObj, 5, none, aclOther, 0, none),
+		"tag":      acl(aclUserObj, 7, none, aclGroupObj, 5, none, aclOther, 0, none, 0x40, 0, none),
+		"bits":     acl(aclUserObj, 8, none, aclGroupObj, 5, none, aclOther, 0, none),
+		"no mask":  acl(aclUserObj, 7, none, aclUser, 5, 1, aclGroupObj, 5, none, aclOther, 0, none),
+		"no other": acl(aclUserObj, 7, none, aclGroupObj, 5, none),
+	} {
+		if _, err := Merge([]*toc.TOC{{Entries: []toc.Entry{with("f", toc.Regular, toc.Xattr{Name: aclAccess, Value: v})}}}); err == nil {
+			t.Errorf("%s: no error", name)
+		}
+	}
+	if _, err := Merge([]*toc.TOC{{Entries: []toc.Entry{with("f", toc.Regular, toc.Xattr{Name: aclDefault, Value: full})}}}); err == nil {
+		t.Error("default ACL of a file: no error")
 	}
 }
 

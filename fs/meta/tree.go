@@ -100,10 +100,10 @@ type merger struct {
 	replaced bool
 }
 
-// Merge returns the tree that the layers show together, the lowest first. It fails for
-// names that cannot be in an image (longer than 255 bytes, leading through a file, through
-// a loop of symlinks), for hard links without a target, for xattrs of overlayfs
-// itself, and for what EROFS cannot hold. The tree refers to the TOCs.
+// Merge returns the tree that the layers show together, the lowest first. Errors name the layer, counted from 0, and
+// the entry: a name that is not in the form of [toc.Entry.Name] or leads through a file or a loop of
+// symlinks; a hard link without a target; an xattr that steers overlayfs; chunks that are not the file;
+// and what EROFS or Linux cannot hold, such as xattrs above 64 KiB or files above 16 TiB.
 func Merge(layers []*toc.TOC) (*Tree, error) {
 	n := 0
 	for i, l := range layers {

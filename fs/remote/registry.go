@@ -41,7 +41,7 @@ var defaultPatience = patience{
 	tries:      6,
 	backoff:    200 * time.Millisecond,
 	maxBackoff: 10 * time.Second,
-	retryFor:   30 * time.Second,
+	retryFor:   45 * time.Second,
 	idle:       30 * time.Second,
 }
 

@@ -5,14 +5,16 @@ import (
 	"context"
 	"errors"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/http/httptest"
-	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -403,9 +405,16 @@ func TestNoRegistry(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		src := newRegistry(ref, Options{Keychain: &login{}, Transport: &http.Transport{}})
+		dials := 0
+		src := newRegistry(ref, Options{Keychain: &login{}, Transport: &http.Transport{DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+			dials++
+			return new(net.Dialer).DialContext(ctx, network, addr)
+		}}})
 		src.patience = impatient
 		_, _, err = src.Root(t.Context())
+		if isNear(host) && dials > 2 {
+			t.Errorf("%d connections were tried, want one with TLS and one without", dials)
+		}
 		wantError(t, err, append(words, "image "+host+"/r:t")...)
 	}
 }
@@ -554,19 +563,34 @@ func TestContext(t *testing.T) {
 		}
 		f.set(func() { f.hang = 0 })
 	})
-	t.Run("between retries", func(t *testing.T) {
-		f.set(func() { f.fail, f.retrySec = 99, "1000" })
-		ctx, cancel := context.WithCancel(t.Context())
-		src.patience.backoff = 1 << 40
-		src.patience.maxBackoff = 1 << 40
-		go func() {
-			for len(f.requests()) == 0 {
-				runtime.Gosched()
-			}
-			cancel()
-		}()
-		if _, err := src.Blob(c.layers[0]).Range(ctx, 0, 100_000); !errors.Is(err, context.Canceled) {
-			t.Errorf("range: %v", err)
+}
+
+func TestRetry(t *testing.T) {
+	fail := func() error { return &transient{err: io.EOF, after: time.Hour} }
+	run := func(ctx context.Context) (tries int, took time.Duration, err error) {
+		r := &registry{patience: defaultPatience, log: slog.New(slog.DiscardHandler)}
+		begin := time.Now()
+		err = r.retry(ctx, "blob x", func() error { tries++; return fail() })
+		return tries, time.Since(begin), err
+	}
+	synctest.Test(t, func(t *testing.T) {
+		// The server's hour is cut to 10 s, and no try begins after retryFor.
+		if tries, took, err := run(t.Context()); tries != 6 || took != 50*time.Second || !errors.Is(err, io.EOF) {
+			t.Errorf("%d tries in %v, %v", tries, took, err)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 13*time.Second)
+		defer cancel()
+		if tries, took, err := run(ctx); tries != 2 || took != 13*time.Second || !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("%d tries in %v, %v", tries, took, err)
+		}
+		fail = func() error { return &transient{err: io.EOF} }
+		// 6 tries: 0.2 + 0.4 + 0.8 + 1.6 + 3.2 s, each between half and one and a half of it.
+		if tries, took, err := run(t.Context()); tries != 6 || took < 3100*time.Millisecond || took > 9300*time.Millisecond || err == nil {
+			t.Errorf("%d tries in %v, %v", tries, took, err)
+		}
+		fail = func() error { return io.EOF }
+		if tries, took, err := run(t.Context()); tries != 1 || took != 0 || err != io.EOF {
+			t.Errorf("not transient: %d tries in %v, %v", tries, took, err)
 		}
 	})
 }

@@ -72,6 +72,19 @@ func worst() *toc.TOC {
 		}
 	}
 
+	// A block that is full to the last byte: 27 bytes for "." and "..", 15*267, 64;
+	// alone, and with another behind it.
+	for i, n := range []string{"full", "full2"} {
+		dir(n)
+		for j := range 15 {
+			file(fmt.Sprintf("%s/%0255d", n, j))
+		}
+		file(n + "/" + strings.Repeat("x", 52))
+		if i == 1 {
+			file(n + "/y")
+		}
+	}
+
 	dir("sizes")
 	data("sizes/1", 1)
 	data("sizes/two", 1, 2)

@@ -547,6 +547,7 @@ func TestMergeErrors(t *testing.T) {
 		{"root is a file", [][]string{{"/ | "}}, `layer 0: "": the root is not a directory`},
 		{"file as directory", [][]string{{"a", "a/b"}}, `layer 0: "a/b": "a" is not a directory`},
 		{"whiteout as directory", [][]string{{".wh.a", "a/b"}}, `layer 0: "a/b": "a" is not a directory`},
+		{"through what is gone", [][]string{{"a/l -> /", "a/l/a", "a/l/b"}}, `layer 0: "a/l/b": "a" is not a directory`},
 		{"loop", [][]string{{"a -> b", "b -> a", "a/x"}}, `layer 0: "a/x": "b": too many symlinks`},
 		{"long name through symlink", [][]string{{"l -> " + long, "l/f"}}, "is longer than 255 bytes"},
 		{"long path through symlink", [][]string{{deep + "l -> " + deep, deep + "l/f"}}, "leads to a path of more than 4095 bytes"},

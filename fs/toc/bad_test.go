@@ -198,15 +198,19 @@ func TestParseBytes(t *testing.T) {
 		inflated := Promise{Digest: sha256.Sum256([]byte(index))}
 		compressed := Promise{Digest: sha256.Sum256(packed), Compressed: true}
 		for _, want := range []Promise{inflated, compressed} {
-			toc, err := Parse(bytes.NewReader(append(packed[:len(packed):len(packed)], "more"...)), loc, want)
+			r := bytes.NewReader(append(packed[:len(packed):len(packed)], "more"...))
+			toc, err := Parse(r, loc, want)
 			if err != nil {
 				t.Fatal(err)
+			}
+			if r.Len() != len("more") {
+				t.Errorf("%d bytes left, want those that follow the table", r.Len())
 			}
 			if toc.Digest != inflated.Digest {
 				t.Errorf("digest %s", toc.Digest)
 			}
 			for n := range packed {
-				if _, err := Parse(bytes.NewReader(packed[:n]), loc, compressed); err == nil {
+				if _, err := Parse(bytes.NewReader(packed[:n]), loc, want); err == nil {
 					t.Errorf("%d bytes of %d: no error", n, len(packed))
 				}
 				flipped := bytes.Clone(packed)

@@ -138,6 +138,30 @@ func TestFromTar(t *testing.T) {
 	}
 }
 
+// empties is a tar of n empty files.
+type empties struct {
+	h []byte
+	n int64
+}
+
+func (e *empties) Read(p []byte) (int, error) {
+	if len(p) < 512 || e.n == 0 {
+		return 0, io.EOF
+	}
+	e.n--
+	return copy(p, e.h), nil
+}
+
+func TestFromTarTooMany(t *testing.T) {
+	if testing.Short() {
+		t.Skip("reads 2 million entries")
+	}
+	_, err := FromTar(&empties{[]byte(tarHeader("a", 0)), 10e6}, 1000, discard)
+	if err == nil || !strings.Contains(err.Error(), "more than 2097152 entries") {
+		t.Error(err)
+	}
+}
+
 // A tar that ends in a file, or in the middle of a header, is not a layer.
 func TestFromTarTruncated(t *testing.T) {
 	data := makeTar(t, []file{{tar.Header{Typeflag: tar.TypeReg, Name: "a"}, strings.Repeat("x", 1000)}})
@@ -154,31 +178,31 @@ func TestFromTarTruncated(t *testing.T) {
 
 func discard(Chunk, []byte) error { return nil }
 
-// Sparse files as GNU tar writes them, old and new: 4 bytes, a megabyte of nothing, 4 bytes.
-func TestFromTarSparse(t *testing.T) {
-	const size = 1<<20 + 8
+const sparseSize = 1<<20 + 8
+
+// sparseTars are sparse files as GNU tar writes them, the older way and the newer: 4
+// bytes, a megabyte of nothing, 4 bytes.
+func sparseTars() map[string][]byte {
 	old := []byte(tarHeader("old", 8))
 	old[156] = 'S'
 	copy(old[386:], fmt.Sprintf("%011o\x00%011o\x00%011o\x00%011o\x00", 0, 4, 1<<20+4, 4))
-	copy(old[483:], fmt.Sprintf("%011o\x00", size))
+	copy(old[483:], fmt.Sprintf("%011o\x00", sparseSize))
 	old = append(rehash(old), pad("headtail")...)
-	var b bytes.Buffer
 	records := ""
-	for _, kv := range []string{"GNU.sparse.major=1", "GNU.sparse.minor=0", "GNU.sparse.name=new", fmt.Sprint("GNU.sparse.realsize=", size)} {
-		n := len(kv) + 4
-		records += fmt.Sprintf("%d %s\n", n, kv)
+	for _, kv := range []string{"GNU.sparse.major=1", "GNU.sparse.minor=0", "GNU.sparse.name=new", fmt.Sprint("GNU.sparse.realsize=", sparseSize)} {
+		records += fmt.Sprintf("%d %s\n", len(kv)+4, kv)
 	}
 	pax := []byte(tarHeader("PaxHeaders/new", int64(len(records))))
 	pax[156] = 'x'
 	copy(pax[257:], "ustar\x0000")
-	b.Write(rehash(pax))
-	b.Write(pad(records))
-	data := append(pad(fmt.Sprintf("2\n0\n4\n%d\n4\n", 1<<20+4)), pad("headtail")...)
 	h := []byte(tarHeader("GNUSparseFile.1/new", 520))
 	copy(h[257:], "ustar\x0000")
-	b.Write(rehash(h))
-	b.Write(data)
-	for name, data := range map[string][]byte{"old": old, "new": b.Bytes()} {
+	parts := [][]byte{rehash(pax), pad(records), rehash(h), pad(fmt.Sprintf("2\n0\n4\n%d\n4\n", 1<<20+4)), pad("headtail")}
+	return map[string][]byte{"old": old, "new": bytes.Join(parts, nil)}
+}
+
+func TestFromTarSparse(t *testing.T) {
+	for name, data := range sparseTars() {
 		var got strings.Builder
 		toc, err := FromTar(bytes.NewReader(append(data, make([]byte, 1024)...)), 1000, func(_ Chunk, p []byte) error {
 			got.Write(p)
@@ -188,7 +212,7 @@ func TestFromTarSparse(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 			continue
 		}
-		if len(toc.Entries) != 1 || toc.Entries[0].Name != name || toc.Entries[0].Size != size || toc.Entries[0].Type != Regular {
+		if len(toc.Entries) != 1 || toc.Entries[0].Name != name || toc.Entries[0].Size != sparseSize || toc.Entries[0].Type != Regular {
 			t.Errorf("%s: %+v", name, toc.Entries)
 		}
 		if want := "head" + strings.Repeat("\x00", 1<<20) + "tail"; got.String() != want {

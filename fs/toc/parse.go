@@ -21,7 +21,7 @@ import (
 )
 
 // Parse reads the table of contents at loc. r has the loc.Size bytes that the blob
-// has there (what follows is not read). Nothing is returned unless the bytes are what want promises: an error
+// has there: unless there is an error all of them are read, and nothing that follows. Nothing is returned unless the bytes are what want promises: an error
 // about the content says so only of content that was promised.
 //
 // The error wraps [ErrNotLazy] if the table is sound, but its layer cannot be read piece by
@@ -70,6 +70,12 @@ func parse(r io.Reader, loc Location, want Promise) (*TOC, error) {
 	}
 	if perr != nil {
 		return nil, noEOF(perr)
+	}
+	if _, err := io.Copy(io.Discard, blob); err != nil {
+		return nil, err
+	}
+	if blob.n != loc.Size {
+		return nil, io.ErrUnexpectedEOF
 	}
 	json.h.Sum(p.t.Digest[:0])
 	return p.t, nil

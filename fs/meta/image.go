@@ -143,6 +143,7 @@ func (t *Tree) lay(roots []int32) error {
 	t.dataBlocks = max(t.dataBlocks, 1)
 	_, data := t.starts()
 	t.stats.Bytes = data + t.dataBlocks*blockSize
+	t.shared.count = nil // it has done its work
 	return nil
 }
 

@@ -24,6 +24,9 @@
 // (".wh.NAME" and character devices 0:0) hide and are not shown, and directories merge down to
 // the first one that is opaque.
 //
+// Xattrs are those that the unpacker sets: not "trusted.", not unknown namespaces, "user." on files
+// and directories only. ACLs follow the mode.
+//
 // Link counts are those that overlayfs shows: a file's counts the names of its own layer, also
 // those that a higher layer hides; a merged directory has one link.
 //

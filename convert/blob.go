@@ -330,7 +330,11 @@ func (w *blobWriter) finishZstd(b *blob) error {
 	if _, err := io.Copy(w.out, packed.reader()); err != nil {
 		return err
 	}
-	b.annotations[toc.ZstdChecksumAnnotation] = packed.digest().String()
+	if w.group == 1 {
+		// Readers that go by this key are of containers/storage until v1.50. They know nothing of groups; without
+		// the key they take the layer as a whole.
+		b.annotations[toc.ZstdChecksumAnnotation] = packed.digest().String()
+	}
 	b.annotations[toc.ZstdPositionAnnotation] = fmt.Sprintf("%d:%d:%d:1", start, packed.size, w.json.size)
 	footer := skippable(zstdchunked.FooterSize)
 	for _, n := range []int64{start, packed.size, w.json.size, 1} {

@@ -96,6 +96,8 @@ func Image(ctx context.Context, src, dst remote.Reference, opts Options) (*Resul
 	if err != nil {
 		return nil, err
 	}
+	ctx, c.stop = context.WithCancel(ctx)
+	defer c.stop()
 	if c.dst, err = openDest(ctx, dst, &opts); err != nil {
 		return nil, fmt.Errorf("%v: %w", dst, err)
 	}
@@ -122,6 +124,7 @@ type conversion struct {
 	src    remote.Source
 	srcRef remote.Reference
 	dst    dest
+	stop   context.CancelFunc // ends what waits to be tried again
 
 	manifests int                       // read so far
 	layers    map[v1.Hash]*layerTask    // by source digest
@@ -292,12 +295,22 @@ func (c *conversion) run(ctx context.Context) error {
 	for _, t := range c.order {
 		p.plan(t.desc.Size)
 	}
+	// The first error is the one to tell; what it stops ends with errors of its own.
+	var first error
+	var once sync.Once
+	fail := func(err error) error {
+		once.Do(func() {
+			first = err
+			c.stop()
+		})
+		return err
+	}
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(sideBySide)
 	for _, d := range c.copies {
 		g.Go(func() error {
 			if err := c.copyBlob(ctx, c.src, d, func(int) {}); err != nil {
-				return fmt.Errorf("blob %v: %w", d.Digest, err)
+				return fail(fmt.Errorf("blob %v: %w", d.Digest, err))
 			}
 			return nil
 		})
@@ -305,13 +318,14 @@ func (c *conversion) run(ctx context.Context) error {
 	for _, t := range c.order {
 		g.Go(func() error {
 			if err := c.layer(ctx, t, pool); err != nil {
-				return fmt.Errorf("layer %v: %w", t.desc.Digest, err)
+				return fail(fmt.Errorf("layer %v: %w", t.desc.Digest, err))
 			}
 			p.layerDone()
 			return nil
 		})
 	}
-	return g.Wait()
+	g.Wait()
+	return first
 }
 
 // layer brings one layer to DST in its lazy form.
@@ -323,16 +337,21 @@ func (c *conversion) layer(ctx context.Context, t *layerTask, pool *pool) error 
 		t.outcome, t.to = Passed, t.desc
 		return nil
 	}
-	if notes, ok, err := c.lazy(ctx, t.desc); err != nil {
-		return err
-	} else if ok {
+	options := c.optionsString()
+	_, err := toc.Promised(t.desc.Annotations)
+	lazy, notes := err == nil, map[string]string(nil)
+	if !lazy {
+		if ok, err := c.reuse(ctx, t, options); ok || err != nil {
+			return err
+		}
+		if notes, lazy, err = c.unpromised(ctx, t.desc); err != nil {
+			return err
+		}
+	}
+	if lazy {
 		t.outcome, t.to = Kept, t.desc
 		t.to.Annotations = notes
 		return c.copyBlob(ctx, c.src, t.desc, read.add)
-	}
-	options := c.optionsString()
-	if ok, err := c.reuse(ctx, t, options); ok || err != nil {
-		return err
 	}
 	b, err := c.convertLayer(ctx, t.desc, pool, read.add)
 	if err != nil {
@@ -375,12 +394,9 @@ func (c *conversion) copyBlob(ctx context.Context, from remote.Source, d v1.Desc
 	})
 }
 
-// lazy reports whether a layer is lazy already, and what annotations that
-// takes which it does not have.
-func (c *conversion) lazy(ctx context.Context, d v1.Descriptor) (map[string]string, bool, error) {
-	if _, err := toc.Promised(d.Annotations); err == nil {
-		return nil, true, nil
-	}
+// unpromised reports whether a layer is lazy although its manifest does not say so, and returns the
+// annotations that say it.
+func (c *conversion) unpromised(ctx context.Context, d v1.Descriptor) (map[string]string, bool, error) {
 	n := min(d.Size, toc.FooterSize)
 	tail, err := c.readRange(ctx, d, d.Size-n, n)
 	if err != nil {

@@ -18,6 +18,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/google/go-containerregistry/pkg/authn"
@@ -55,7 +56,7 @@ type dest interface {
 func openDest(ctx context.Context, ref remote.Reference, opts *Options) (dest, error) {
 	switch ref.Kind() {
 	case remote.Registry:
-		return newRegistryDest(ref, opts)
+		return newRegistryDest(ctx, ref, opts)
 	case remote.Layout:
 		return newLayoutDest(ref)
 	case remote.Archive:
@@ -92,7 +93,7 @@ type registryDest struct {
 	options []ggcr.Option
 }
 
-func newRegistryDest(ref remote.Reference, opts *Options) (*registryDest, error) {
+func newRegistryDest(ctx context.Context, ref remote.Reference, opts *Options) (*registryDest, error) {
 	n := ref.Name()
 	if _, ok := n.(name.Digest); ok {
 		return nil, errors.New("a digest cannot be pushed to: give a tag")
@@ -107,7 +108,8 @@ func newRegistryDest(ref remote.Reference, opts *Options) (*registryDest, error)
 	if keys == nil {
 		keys = authn.DefaultKeychain
 	}
-	o := []ggcr.Option{ggcr.WithAuthFromKeychain(keys), ggcr.WithUserAgent("lazuli")}
+	o := []ggcr.Option{ggcr.WithAuthFromKeychain(keys), ggcr.WithUserAgent("lazuli"),
+		ggcr.WithRetryPredicate(func(err error) bool { return ctx.Err() == nil && mayPass(err) })}
 	if opts.Remote.Transport != nil {
 		o = append(o, ggcr.WithTransport(opts.Remote.Transport))
 	}
@@ -120,6 +122,13 @@ func newRegistryDest(ref remote.Reference, opts *Options) (*registryDest, error)
 		return nil, err
 	}
 	return d, nil
+}
+
+// mayPass reports whether what failed may succeed when it is tried again.
+func mayPass(err error) bool {
+	var t interface{ Temporary() bool }
+	return errors.As(err, &t) && t.Temporary() || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) ||
+		errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.ECONNREFUSED)
 }
 
 func (d *registryDest) place() string { return d.ref.Context().Name() }

@@ -1,8 +1,10 @@
 package store
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"sync"
@@ -17,23 +19,25 @@ import (
 //
 // A Partial may be used by several goroutines.
 type Partial struct {
-	s    *Store
-	key  Key
-	f    *os.File
-	bits *os.File        // the bitmap's file; nil if this process does not own the named partial
-	name string          // where f lies until it is published
-	in   []atomic.Uint64 // a bit per chunk
+	s     *Store
+	key   Key
+	f     *os.File
+	marks *os.File        // the map's file; nil if this process does not own the named partial
+	name  string          // where f lies until it is published
+	in    []atomic.Uint64 // a bit per chunk
 
-	mu      sync.Mutex // serialises marking, so that one caller sees the last chunk
-	missing int        // chunks that are not in
+	mu      sync.Mutex   // serialises marking, so that one caller sees the last chunk
+	mapped  int64        // chunks that the map's file names
+	missing atomic.Int64 // chunks that are not in
 }
 
 // OpenPartial opens the object named key, of size bytes in n chunks, to be completed. If another process
 // is at it, this one gets a file of its own: whoever is first publishes.
 func (s *Store) OpenPartial(key Key, size int64, n int) (*Partial, error) {
-	p := &Partial{s: s, key: key, in: make([]atomic.Uint64, (n+63)/64), missing: n}
+	p := &Partial{s: s, key: key, in: make([]atomic.Uint64, (n+63)/64)}
+	p.missing.Store(int64(n))
 	name := s.Path("partial", key.String())
-	f, err := os.OpenFile(name, os.O_CREATE|os.O_RDWR, 0o444)
+	f, err := os.OpenFile(name, os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("store: %w", err)
 	}
@@ -52,6 +56,12 @@ func (s *Store) OpenPartial(key Key, size int64, n int) (*Partial, error) {
 		p.Close()
 		return nil, fmt.Errorf("store: %w", err)
 	}
+	if p.Complete() { // its owner died between the last chunk and the rename
+		if err := p.publish(); err != nil {
+			p.Close()
+			return nil, err
+		}
+	}
 	return p, nil
 }
 
@@ -65,24 +75,40 @@ func sameFile(f *os.File, name string) bool {
 
 // load reads which chunks of the partial are in already.
 func (p *Partial) load(f *os.File, name string, n int) error {
-	bits, err := os.OpenFile(name+".map", os.O_CREATE|os.O_RDWR, 0o600)
+	st, err := f.Stat()
 	if err != nil {
 		return err
 	}
-	b := make([]byte, (n+7)/8)
-	bits.ReadAt(b, 0) // a short file has zeros behind its end
-	for i := range n {
-		if b[i/8]&(1<<(i%8)) != 0 {
-			p.in[i/64].Store(p.in[i/64].Load() | 1<<(i%64))
-			p.missing--
+	flags := os.O_CREATE | os.O_RDWR
+	if st.Size() == 0 {
+		// The file was made just now; a map that is there speaks of another one, which was published,
+		// pruned, or lost in a power cut. Believing it would make holes into chunks that are in.
+		flags |= os.O_TRUNC
+	}
+	m, err := os.OpenFile(name+".in", flags, 0o600)
+	if err != nil {
+		return err
+	}
+	b, err := io.ReadAll(io.LimitReader(m, int64(n)*mapEntry))
+	if err != nil {
+		m.Close()
+		return err
+	}
+	for ; len(b) >= mapEntry; b = b[mapEntry:] {
+		p.mapped++
+		if i := int(binary.LittleEndian.Uint32(b)); i < n && !p.Has(i) {
+			p.in[i/64].Or(1 << (i % 64))
+			p.missing.Add(-1)
 		}
 	}
-	p.f, p.bits, p.name = f, bits, name
-	if p.missing == 0 { // its owner died between the last chunk and the rename
-		return p.publish()
-	}
+	p.f, p.marks, p.name = f, m, name
 	return nil
 }
+
+// The map is a list of the chunks that are in, as they came: 4 bytes each, little endian. It grows with each one, so that on
+// the disk its content is never newer than its inode, whose time says after a power cut whether to believe it
+// (Store.removeSince). A bit set in place may get there alone.
+const mapEntry = 4
 
 // Has reports whether chunk i is in.
 func (p *Partial) Has(i int) bool { return p.in[i/64].Load()&(1<<(i%64)) != 0 }
@@ -105,46 +131,47 @@ func (p *Partial) Put(i int, b []byte, off int64) (complete bool, err error) {
 		return false, nil
 	}
 	p.in[i/64].Or(1 << (i % 64))
-	p.missing--
-	p.s.dirty.Store(true)
-	if p.missing == 0 {
+	defer p.s.dirty.Store(true)
+	if p.missing.Add(-1) == 0 {
 		return true, p.publish()
 	}
-	if p.bits != nil {
-		// The byte holds the bits of eight chunks; p.mu keeps their writers apart.
-		byteOf := byte(p.in[i/64].Load() >> (i % 64 / 8 * 8))
-		if _, err := p.bits.WriteAt([]byte{byteOf}, int64(i/8)); err != nil {
+	if p.marks != nil {
+		entry := binary.LittleEndian.AppendUint32(nil, uint32(i))
+		if _, err := p.marks.WriteAt(entry, p.mapped*mapEntry); err != nil {
 			return false, fmt.Errorf("store: %w", err)
 		}
+		p.mapped++
 	}
 	return false, nil
 }
 
 // publish gives the complete object its name.
 func (p *Partial) publish() error {
-	if err := os.Rename(p.name, filepath.Join(p.s.Objects(), p.key.Path())); err != nil {
-		return fmt.Errorf("store: %w", err)
+	if !p.s.Has(p.key) { // another process may have been faster
+		if err := p.f.Chmod(0o444); err != nil {
+			return fmt.Errorf("store: %w", err)
+		}
+		if err := os.Rename(p.name, filepath.Join(p.s.Objects(), p.key.Path())); err != nil {
+			return fmt.Errorf("store: %w", err)
+		}
+	} else {
+		os.Remove(p.name)
 	}
-	p.s.dirty.Store(true)
-	if p.bits != nil {
-		os.Remove(p.name + ".map")
+	if p.marks != nil {
+		os.Remove(p.name + ".in")
 	}
 	p.name = ""
 	return nil
 }
 
 // Complete reports whether all chunks are in.
-func (p *Partial) Complete() bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.missing == 0
-}
+func (p *Partial) Complete() bool { return p.missing.Load() == 0 }
 
 // Close releases the files. What is in stays.
 func (p *Partial) Close() error {
 	var err error
-	if p.bits != nil {
-		err = p.bits.Close()
+	if p.marks != nil {
+		err = p.marks.Close()
 	} else if p.name != "" {
 		os.Remove(p.name)
 	}

@@ -6,8 +6,8 @@
 // files under Objects, which overlayfs reads by itself.
 //
 //	objects/ab/cdef…   complete objects, named by their key, read-only
-//	partial/cdef…      objects that are being fetched: a sparse file, and beside it
-//	partial/cdef….map  which of its chunks are in, a bit each
+//	partial/abcdef…    objects that are being fetched: a sparse file, and beside it
+//	partial/abcdef….in  which of its chunks are in
 //	layers/, meta/     what others keep beside the objects (see [Store.Path])
 //	tmp/               files that have no name yet; emptied at [Open]
 //
@@ -21,6 +21,7 @@ package store
 
 import (
 	"bytes"
+	"crypto/rand"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -161,6 +162,7 @@ func (s *Store) WriteFile(write func(f *os.File) error, elem ...string) error {
 	if err := write(t.f); err != nil {
 		return err
 	}
+	defer s.dirty.Store(true)
 	return t.rename(s.Path(elem...))
 }
 
@@ -171,17 +173,17 @@ type Temp struct {
 	name string
 }
 
-// tempNames numbers the temporary files of this process.
-var tempNames atomic.Uint64
+// Temporary files are named after the process and numbered. A process id would not do: two processes in
+// different PID namespaces may have the same.
+var (
+	tempPrefix = rand.Text()
+	tempNames  atomic.Uint64
+)
 
 // Create makes a file that becomes an object at [Temp.Publish], or vanishes at [Temp.Discard].
 func (s *Store) Create() (*Temp, error) {
-	name := filepath.Join(s.dir, "tmp", fmt.Sprintf("%d.%d", os.Getpid(), tempNames.Add(1)))
+	name := filepath.Join(s.dir, "tmp", fmt.Sprintf("%s.%d", tempPrefix, tempNames.Add(1)))
 	f, err := os.OpenFile(name, os.O_CREATE|os.O_EXCL|os.O_RDWR, 0o444)
-	if errors.Is(err, fs.ErrExist) { // left by a process that had our number
-		os.Remove(name)
-		f, err = os.OpenFile(name, os.O_CREATE|os.O_EXCL|os.O_RDWR, 0o444)
-	}
 	if err != nil {
 		return nil, fmt.Errorf("store: %w", err)
 	}
@@ -200,8 +202,13 @@ func (t *Temp) WriteHole(n int64) error {
 	return t.f.Truncate(at)
 }
 
-// Publish makes the file the object named key. The caller has checked that its bytes are those that key names.
+// Publish makes the file the object named key. The caller has checked that its bytes are those that key names. An
+// object that is there already stays.
 func (t *Temp) Publish(key Key) error {
+	if t.s.Has(key) {
+		return nil
+	}
+	defer t.s.dirty.Store(true)
 	return t.rename(filepath.Join(t.s.dir, "objects", key.Path()))
 }
 
@@ -210,7 +217,6 @@ func (t *Temp) rename(path string) error {
 		return fmt.Errorf("store: %w", err)
 	}
 	t.name = ""
-	t.s.dirty.Store(true)
 	return nil
 }
 
@@ -250,12 +256,18 @@ func (s *Store) sync() error {
 
 func (s *Store) writeSyncPoint(until time.Time) error {
 	b, _ := json.Marshal(syncPoint{bootID(), until})
-	return s.WriteFile(func(f *os.File) error {
-		if _, err := f.Write(b); err != nil {
-			return err
-		}
-		return f.Sync()
-	}, "synced")
+	t, err := s.Create()
+	if err != nil {
+		return err
+	}
+	defer t.Discard()
+	if _, err := t.Write(b); err != nil {
+		return err
+	}
+	if err := t.f.Sync(); err != nil {
+		return err
+	}
+	return t.rename(s.Path("synced"))
 }
 
 func (s *Store) syncLoop() {
@@ -272,7 +284,6 @@ func (s *Store) syncLoop() {
 				s.dirty.Store(true)
 				s.log.Warn("store: cannot sync", "dir", s.dir, "err", err)
 			}
-			s.dirty.Store(false) // the sync point itself
 		}
 	}
 }
@@ -305,7 +316,7 @@ func (s *Store) recover() error {
 }
 
 // removeSince removes every file whose inode changed after, or within two seconds before, until: the time of a
-// change is set by the kernel, and on disk it stands in the same journal entry as the name.
+// change is set by the kernel, and on disk it stands in the same journal entry as the name and the size.
 func (s *Store) removeSince(until time.Time) (int, error) {
 	until = until.Add(-2 * time.Second)
 	removed := 0
@@ -353,10 +364,14 @@ func (s *Store) Prune(keep func(Key) bool) (freed int64, err error) {
 		}
 		path := s.Path(dir, name)
 		var st unix.Stat_t
-		if unix.Lstat(path, &st) == nil {
-			freed += st.Blocks * 512
+		if err := unix.Lstat(path, &st); err != nil {
+			return ignoreNotExist(err)
 		}
-		return os.Remove(path)
+		if err := os.Remove(path); err != nil {
+			return ignoreNotExist(err) // another process prunes too, or has just published it
+		}
+		freed += st.Blocks * 512
+		return nil
 	}
 	for i := range 256 {
 		prefix := fmt.Sprintf("%02x", i)
@@ -386,4 +401,11 @@ func (s *Store) Prune(keep func(Key) bool) (freed int64, err error) {
 		}
 	}
 	return freed, nil
+}
+
+func ignoreNotExist(err error) error {
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return err
 }

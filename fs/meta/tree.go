@@ -100,7 +100,7 @@ type merger struct {
 	replaced bool
 }
 
-// Merge returns the tree that the layers show together, the lowest first. Errors name the layer, counted from 0, and
+// Merge returns the tree that the layers show together, the lowest first. Errors are a [LayerError] and name
 // the entry: a name that is not in the form of [toc.Entry.Name] or leads through a file or a loop of
 // symlinks; a hard link without a target; an xattr that steers overlayfs; chunks that are not the file;
 // and what EROFS or Linux cannot hold, such as xattrs above 64 KiB or files above 16 TiB.
@@ -109,7 +109,7 @@ func Merge(layers []*toc.TOC) (*Tree, error) {
 	for i, l := range layers {
 		n += len(l.Entries)
 		if n > toc.MaxEntries {
-			return nil, fmt.Errorf("layer %d: image has more than %d entries", i, toc.MaxEntries)
+			return nil, &LayerError{i, fmt.Errorf("image has more than %d entries", toc.MaxEntries)}
 		}
 	}
 	if len(layers) == 0 {
@@ -131,7 +131,7 @@ func Merge(layers []*toc.TOC) (*Tree, error) {
 	m.shared.count = make(map[toc.Xattr]int)
 	for i, l := range layers {
 		if err := m.layer(i, l); err != nil {
-			return nil, fmt.Errorf("layer %d: %w", i, err)
+			return nil, &LayerError{i, err}
 		}
 	}
 	m.table = nil

@@ -156,6 +156,9 @@ func (l *layer) open(ctx context.Context, n *Node, o *MountOptions) (*toc.TOC, e
 	o.notice(fmt.Sprintf("%s is not lazy (%v): fetching all of it, %s", l.name(), reason(l.why), megabytes(l.Size)))
 	t, err := l.unpack(ctx, n, o)
 	if err != nil {
+		if l.promise != (toc.Promise{}) { // it was said to be lazy
+			err = fmt.Errorf("%w; it was fetched whole because %s", err, reason(l.why))
+		}
 		return nil, fmt.Errorf("%s: %w", l.name(), err)
 	}
 	return t, l.keep(n, func(f *os.File) error {

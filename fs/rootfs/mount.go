@@ -124,6 +124,21 @@ func mountOverlay(o overlay, dir string) error {
 	return nil
 }
 
+// likeRoot gives the upper folder the owner, mode and time of the image's root, which it hides.
+func likeRoot(upper, root string) error {
+	var st unix.Stat_t
+	if err := unix.Stat(root, &st); err != nil {
+		return err
+	}
+	if err := os.Chown(upper, int(st.Uid), int(st.Gid)); err != nil {
+		return err
+	}
+	if err := unix.Chmod(upper, st.Mode&0o7777); err != nil {
+		return err
+	}
+	return unix.UtimesNanoAt(unix.AT_FDCWD, upper, []unix.Timespec{st.Mtim, st.Mtim}, 0)
+}
+
 // escape writes a path as an element of lowerdir, where a colon would end it.
 func escape(path string) string {
 	return strings.NewReplacer(`\`, `\\`, `:`, `\:`).Replace(path)

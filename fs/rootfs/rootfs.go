@@ -290,8 +290,11 @@ func (r *Rootfs) mount(ctx context.Context, ref remote.Reference, dir string, o 
 	parts := overlay{meta: metaDir, objects: n.store.Objects(), server: server}
 	if o.RW {
 		parts.upper, parts.work = filepath.Join(r.dir, "upper"), filepath.Join(r.dir, "work")
+		err = likeRoot(parts.upper, metaDir)
 	}
-	err = mountOverlay(parts, r.Dir)
+	if err == nil {
+		err = mountOverlay(parts, r.Dir)
+	}
 	// The overlay has the metadata image now; nobody else needs to see it.
 	if detachErr := unix.Unmount(metaDir, unix.MNT_DETACH); err == nil {
 		err = detachErr
@@ -416,11 +419,11 @@ func (r *Rootfs) build(ref remote.Reference, tocs []*toc.TOC, o *MountOptions) (
 	var group errgroup.Group
 	if _, err := os.Stat(path); err != nil {
 		group.Go(func() error {
-			tree, err := meta.Merge(tocs)
-			if err != nil {
-				return err
+			err := n.store.WriteFile(func(f *os.File) error { _, err := meta.Build(f, tocs); return err }, "meta", filepath.Base(path))
+			if e := (*meta.LayerError)(nil); errors.As(err, &e) {
+				err = fmt.Errorf("%s: %w", r.layers[e.Layer].name(), e.Err)
 			}
-			return n.store.WriteFile(func(f *os.File) error { _, err := tree.WriteTo(f); return err }, "meta", filepath.Base(path))
+			return err
 		})
 	}
 	sources := make([]*fetch.Layer, len(r.layers))

@@ -166,7 +166,9 @@ func (s *Server) loop() {
 		case errors.Is(err, syscall.ENODEV), errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, io.EOF):
 			return
 		default:
-			s.err = fmt.Errorf("FUSE: %w", err)
+			if !s.gone() {
+				s.err = fmt.Errorf("FUSE: %w", err)
+			}
 			return
 		}
 		request := bytes.Clone(buf[:n])
@@ -181,6 +183,16 @@ func (s *Server) loop() {
 			buffers.Put(&answer)
 		})
 	}
+}
+
+// gone reports whether the mount is. The runtime's poller says of a dead connection only that it cannot be polled.
+func (s *Server) gone() bool {
+	conn, err := s.file.SyscallConn()
+	if err != nil {
+		return true
+	}
+	conn.Control(func(fd uintptr) { _, err = unix.Read(int(fd), make([]byte, requestBuffer)) })
+	return errors.Is(err, syscall.ENODEV)
 }
 
 // answer returns the answer to a request, or nil if there is none to give.

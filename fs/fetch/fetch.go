@@ -17,6 +17,7 @@
 package fetch
 
 import (
+	"container/list"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -24,6 +25,7 @@ import (
 	"io"
 	"log/slog"
 	"runtime"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -35,7 +37,7 @@ import (
 // A Blob is compressed bytes at an offset, from wherever.
 type Blob interface {
 	// Range returns bytes off to off+n of the blob as a stream, unverified. A stream that ends
-	// early ends in an error.
+	// early ends in an error. Range and the stream's Read return soon after ctx ended.
 	Range(ctx context.Context, off, n int64) (io.ReadCloser, error)
 }
 
@@ -48,7 +50,9 @@ type Layer struct {
 	// other layers.
 	Whole func(ctx context.Context) error
 
-	members []atomic.Bool // all of the member's chunks were seen in the store
+	members []atomic.Bool   // all of the member's chunks were seen in the store
+	ctx     context.Context // ends when the layer is removed; the life of its fetches
+	cancel  context.CancelCauseFunc
 
 	// Under Queue.mu:
 	streams [4]stream
@@ -73,7 +77,8 @@ const (
 	// Somebody waits for a demand read, so its round trip is what counts. Registries and
 	// proxies begin to queue beyond some dozens of requests from one client.
 	demandRequests = 24
-	// Nobody waits for the rest: enough requests to keep the link busy across a round trip.
+	// Nobody waits for the rest: enough requests to keep the link busy across a round trip. Those of fills
+	// are counted by themselves, since they are held while demand reads wait.
 	aheadRequests = 8
 	fillRequests  = 3
 
@@ -94,7 +99,7 @@ type Stats struct {
 	Requests int64 // range requests begun, retries included
 	Fetched  int64 // bytes of blobs that arrived
 	Needed   int64 // bytes of files that readers waited for
-	Misses   int64 // reads that waited
+	Misses   int64 // reads that waited for the network
 	Errors   int64 // reads that failed
 }
 
@@ -105,19 +110,21 @@ type Queue struct {
 	timeout time.Duration
 
 	ctx    context.Context // ends at Close; the life of shared fetches
-	cancel context.CancelFunc
+	cancel context.CancelCauseFunc
 	work   sync.WaitGroup
 
 	mu      sync.Mutex
+	closed  bool
 	layers  []*Layer
+	changes int // of layers
 	flights map[memberID]*flight
-	objects map[store.Key]*Object
-	lru     []*Object // unused open objects, oldest first
+	objects map[uint64]*Object // open ones, by number
+	unused  list.List          // of the *Object that nobody has open, oldest first
 
-	demandSlots, aheadSlots, decoders chan struct{}
-	waiting                           atomic.Int64 // demand reads that wait
-	quiet                             chan struct{}
-	quietMu                           sync.Mutex
+	demandSlots, aheadSlots, fillSlots, decoders chan struct{}
+	waiting                                      atomic.Int64 // demand reads that wait
+	quiet                                        chan struct{}
+	quietMu                                      sync.Mutex
 
 	requests, fetched, needed, misses, errors atomic.Int64
 	lastFull                                  atomic.Int64 // when a full store was last logged, in Unix seconds
@@ -132,9 +139,10 @@ type memberID struct {
 func New(s *store.Store, o Options) *Queue {
 	q := &Queue{
 		store: s, log: o.Logger, timeout: o.ReadTimeout,
-		flights: map[memberID]*flight{}, objects: map[store.Key]*Object{},
+		flights: map[memberID]*flight{}, objects: map[uint64]*Object{},
 		demandSlots: make(chan struct{}, demandRequests),
 		aheadSlots:  make(chan struct{}, aheadRequests),
+		fillSlots:   make(chan struct{}, fillRequests),
 		decoders:    make(chan struct{}, runtime.GOMAXPROCS(0)),
 	}
 	if q.log == nil {
@@ -143,20 +151,29 @@ func New(s *store.Store, o Options) *Queue {
 	if q.timeout == 0 {
 		q.timeout = time.Minute
 	}
-	q.ctx, q.cancel = context.WithCancel(context.Background())
+	q.ctx, q.cancel = context.WithCancelCause(context.Background())
 	return q
 }
 
-// Close ends all fetches and waits for them. No object may be in use.
+var (
+	errClosed  = errors.New("the fetcher is closed")
+	errRemoved = errors.New("the image is not mounted any more")
+)
+
+// Close ends all fetches and waits for them. Reads that wait fail. No object may be in use any more when it returns.
 func (q *Queue) Close() error {
-	q.cancel()
+	q.mu.Lock()
+	q.closed = true // so that nothing is added to what is waited for
+	q.mu.Unlock()
+	q.cancel(errClosed)
 	q.work.Wait()
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	for _, o := range q.objects {
 		o.close()
 	}
-	q.objects, q.lru = nil, nil
+	clear(q.objects)
+	q.unused.Init()
 	return nil
 }
 
@@ -169,14 +186,18 @@ func (q *Queue) Add(l *Layer) error {
 		}
 	}
 	l.members = make([]atomic.Bool, l.Table.NumMembers())
+	l.ctx, l.cancel = context.WithCancelCause(q.ctx)
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.layers = append(q.layers, l)
+	q.changes++
 	return nil
 }
 
-// Remove takes back an Add. The layer's table must stay open until Close.
+// Remove takes back an Add. What is being fetched from the layer is given up; reads that wait for it go on with another
+// layer that has the object, or fail. The layer's table must stay open until Close.
 func (q *Queue) Remove(l *Layer) {
+	l.cancel(errRemoved)
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	for i, x := range q.layers {
@@ -185,12 +206,13 @@ func (q *Queue) Remove(l *Layer) {
 			break
 		}
 	}
-	// Objects remember the layers they come from.
-	for _, o := range q.lru {
+	q.changes++
+	for e := q.unused.Front(); e != nil; e = e.Next() {
+		o := e.Value.(*Object)
 		o.close()
-		delete(q.objects, o.key)
+		delete(q.objects, id(o.key))
 	}
-	q.lru = nil
+	q.unused.Init()
 }
 
 // Stats returns what the queue has done so far.
@@ -209,7 +231,7 @@ var ErrAmbiguous = errors.New("two objects share the first 63 bits of their keys
 
 // Lookup returns the number and the size in bytes of the object named key, if one of the layers has it.
 func (q *Queue) Lookup(key store.Key) (id_ uint64, size int64, ok bool) {
-	srcs, err := q.find(id(key))
+	srcs, _, err := q.find(id(key))
 	if err != nil || len(srcs) == 0 || store.Key(srcs[0].object.Key) != key {
 		return 0, 0, false
 	}
@@ -218,7 +240,7 @@ func (q *Queue) Lookup(key store.Key) (id_ uint64, size int64, ok bool) {
 
 // Size returns the size in bytes of the object with a number that Lookup returned.
 func (q *Queue) Size(id uint64) (int64, bool) {
-	srcs, err := q.find(id)
+	srcs, _, err := q.find(id)
 	if err != nil || len(srcs) == 0 {
 		return 0, false
 	}
@@ -231,10 +253,11 @@ type source struct {
 	object toc.Object
 }
 
-// find returns the sources of the object numbered id: layers with members before whole ones.
-func (q *Queue) find(id uint64) ([]source, error) {
+// find returns the sources of the object numbered id, layers with members before whole ones, and of which state of
+// Queue.changes that is true.
+func (q *Queue) find(id uint64) ([]source, int, error) {
 	q.mu.Lock()
-	layers := q.layers // appended to and replaced, never changed in place
+	layers, changes := q.layers, q.changes // layers are appended to and replaced, never changed in place
 	q.mu.Unlock()
 	var lazy, whole []source
 	var key toc.Digest
@@ -244,7 +267,7 @@ func (q *Queue) find(id uint64) ([]source, error) {
 			continue
 		}
 		if len(lazy)+len(whole) > 0 && o.Key != key {
-			return nil, ErrAmbiguous
+			return nil, 0, ErrAmbiguous
 		}
 		key = o.Key
 		if l.Table.Compression() == toc.Whole {
@@ -253,11 +276,11 @@ func (q *Queue) find(id uint64) ([]source, error) {
 			lazy = append(lazy, source{l, o})
 		}
 	}
-	return append(lazy, whole...), nil
+	return append(lazy, whole...), changes, nil
 }
 
-// waitQuiet returns when no demand read waits, or ctx ends.
-func (q *Queue) waitQuiet(ctx context.Context) error {
+// waitQuiet returns when no demand read waits, when promoted is closed, or with an error when ctx ends.
+func (q *Queue) waitQuiet(ctx context.Context, promoted <-chan struct{}) error {
 	for q.waiting.Load() > 0 {
 		q.quietMu.Lock()
 		if q.quiet == nil {
@@ -270,11 +293,13 @@ func (q *Queue) waitQuiet(ctx context.Context) error {
 		}
 		select {
 		case <-quiet:
+		case <-promoted:
+			return nil
 		case <-ctx.Done():
-			return ctx.Err()
+			return context.Cause(ctx)
 		}
 	}
-	return ctx.Err()
+	return context.Cause(ctx)
 }
 
 // wait counts a demand read as waiting until the returned function is called.
@@ -293,17 +318,18 @@ func (q *Queue) wait() (done func()) {
 	}
 }
 
-// Fill fetches everything of the layers that is not in the store, in the order of the blobs, and returns
-// when all of it is in, or with the first error.
+// Fill fetches everything of the layers, which were added, that is not in the store, in the order of the blobs. It returns
+// when all of it is in, or with the first error: also that of a store that does not take it.
 func (q *Queue) Fill(ctx context.Context, layers ...*Layer) error {
-	var under []*flight // begun and not yet waited for, oldest first
+	var under [][]*flight // runs that were begun and not yet waited for, oldest first
 	reap := func(keep int) error {
 		for len(under) > keep {
-			f := under[0]
-			under = under[1:]
-			if err := f.wait(ctx); err != nil {
-				return fmt.Errorf("%s: %w", f.id.layer.Name, err)
+			for _, f := range under[0] {
+				if err := f.stored(ctx); err != nil {
+					return err
+				}
 			}
+			under = under[1:]
 		}
 		return nil
 	}
@@ -317,16 +343,39 @@ func (q *Queue) Fill(ctx context.Context, layers ...*Layer) error {
 			continue
 		}
 		for m := 0; m < l.Table.NumMembers(); {
-			if err := q.waitQuiet(ctx); err != nil {
+			if err := q.waitQuiet(ctx, nil); err != nil {
+				return err
+			}
+			if err := reap(fillRequests - 1); err != nil {
 				return err
 			}
 			var flights []*flight
-			flights, m = q.startRun(l, m, l.Table.NumMembers(), maxRun, fill)
-			if err := reap(fillRequests * len(flights)); err != nil {
-				return err
+			if flights, m = q.startRun(l, m, l.Table.NumMembers(), maxRun, fill, 0); len(flights) > 0 {
+				under = append(under, flights)
 			}
-			under = append(under, flights...)
 		}
 	}
-	return reap(0)
+	// What others were fetching already is not among the flights.
+	if err := reap(0); err != nil {
+		return err
+	}
+	return q.await(ctx, layers)
+}
+
+// await returns when nothing that was under way of the layers still is.
+func (q *Queue) await(ctx context.Context, layers []*Layer) error {
+	var flights []*flight
+	q.mu.Lock()
+	for id, f := range q.flights {
+		if slices.Contains(layers, id.layer) {
+			flights = append(flights, f)
+		}
+	}
+	q.mu.Unlock()
+	for _, f := range flights {
+		if err := f.stored(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
 }

@@ -36,12 +36,12 @@ type flight struct {
 	done chan struct{}
 	err  error // set before done is closed
 
-	// waiters are counted under Queue.mu and read without it. Chunks that are decoded while somebody
-	// waits are kept in data until the last of them has gone: they may not be in the store.
-	waiters atomic.Int32
-	tries   int // by the goroutine that decodes
-	mu      sync.Mutex
-	data    map[chunkID][]byte
+	// data has the chunks that the store did not take, and lost says why it did not. Both are set before done is closed.
+	data map[chunkID][]byte
+	lost error
+
+	waiters atomic.Int32 // leave 0 only under Queue.mu
+	tries   int          // by the goroutine that decodes
 }
 
 type chunkID struct {
@@ -78,16 +78,22 @@ func (f *flight) wait(ctx context.Context) error {
 	}
 }
 
-// chunk returns the bytes of a chunk, if the flight kept them.
-func (f *flight) chunk(key store.Key, i int) []byte {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return f.data[chunkID{key, i}]
+// stored returns when everything that the flight brings is in the store, or why it is not.
+func (f *flight) stored(ctx context.Context) error {
+	err := f.wait(ctx)
+	if err == nil {
+		err = f.lost
+	}
+	if err != nil {
+		return fmt.Errorf("%s: %w", f.id.layer.Name, err)
+	}
+	return nil
 }
 
+// chunk returns the bytes of a chunk, if the flight, which has ended, kept them.
+func (f *flight) chunk(key store.Key, i int) []byte { return f.data[chunkID{key, i}] }
+
 func (f *flight) keep(key store.Key, i int, p []byte) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
 	if f.data == nil {
 		f.data = map[chunkID][]byte{}
 	}
@@ -104,23 +110,43 @@ func (q *Queue) demand(o *Object, src source, first, last int) []*flight {
 	l := src.layer
 	for i := first; i <= last; i++ {
 		_, m := src.object.Chunk(i)
-		if m < 0 || o.has(i) {
+		if m < 0 || flights[i-first] != nil || o.has(i) {
 			continue
 		}
-		f := q.join(l, m)
-		if f == nil {
-			to := m + 1 // how far the members that are asked for reach without a gap
-			for j := i + 1; j <= last; j++ {
-				if _, next := src.object.Chunk(j); next == to && !o.has(j) {
-					to++
+		if flights[i-first] = q.join(l, m); flights[i-first] != nil {
+			continue
+		}
+		if l.members[m].Load() {
+			// It was here once: since then it came back, or the object was removed from the store.
+			if o.has(i) {
+				continue
+			}
+			l.members[m].Store(false)
+		}
+		to := m + 1 // how far the members that are asked for reach without a gap
+		for j := i + 1; j <= last; j++ {
+			if _, next := src.object.Chunk(j); next == to && !o.has(j) {
+				to++
+			}
+		}
+		start, _ := l.Table.Member(m)
+		_, end := l.Table.Member(to - 1)
+		begun, _ := q.startRun(l, m, l.Table.NumMembers(), end-start+q.window(l, m, to), demand, to)
+		for _, f := range begun {
+			if f.id.member >= to {
+				break
+			}
+			for j := i; j <= last; j++ {
+				if _, member := src.object.Chunk(j); member == f.id.member && flights[j-first] == nil {
+					f.waiters.Add(1)
+					flights[j-first] = f
 				}
 			}
-			start, _ := l.Table.Member(m)
-			_, end := l.Table.Member(to - 1)
-			q.startRun(l, m, l.Table.NumMembers(), end-start+q.window(l, m, to), demand)
-			f = q.join(l, m)
+			f.release() // startRun's
 		}
-		flights[i-first] = f // nil if it arrived meanwhile
+		if flights[i-first] == nil { // somebody else began it meanwhile; nil if it arrived too
+			flights[i-first] = q.join(l, m)
+		}
 	}
 	return flights
 }
@@ -195,15 +221,16 @@ func (q *Queue) ahead(src source, first, last int) {
 			i++
 		}
 		for m < end {
-			_, m = q.startRun(src.layer, m, end, maxRun, ahead)
+			_, m = q.startRun(src.layer, m, end, maxRun, ahead, 0)
 		}
 	}
 }
 
 // startRun begins to fetch the members of l from m on that are neither here nor on their
 // way: the first such member, and those that follow it without a gap, before end and within about size bytes of the
-// blob. It returns their flights and the member behind them.
-func (q *Queue) startRun(l *Layer, m, end int, size int64, p priority) ([]*flight, int) {
+// blob. It returns their flights and the member behind them. Flights of members before wanted have one waiter from the beginning, so that
+// what they bring is not dropped before the caller joins them.
+func (q *Queue) startRun(l *Layer, m, end int, size int64, p priority, wanted int) ([]*flight, int) {
 	for m < end && q.seen(l, m) {
 		m++
 	}
@@ -223,6 +250,10 @@ func (q *Queue) startRun(l *Layer, m, end int, size int64, p priority) ([]*fligh
 	r := &run{priority: p, promoted: make(chan struct{})}
 	var flights []*flight
 	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.closed {
+		return nil, end
+	}
 	for ; m < last; m++ {
 		id := memberID{l, m}
 		// A flight that ended since we asked has marked its member before it left the map.
@@ -233,10 +264,12 @@ func (q *Queue) startRun(l *Layer, m, end int, size int64, p priority) ([]*fligh
 			continue
 		}
 		f := &flight{id: id, refs: l.Table.MemberRefs(m), run: r, done: make(chan struct{})}
+		if m < wanted {
+			f.waiters.Store(1)
+		}
 		q.flights[id] = f
 		flights = append(flights, f)
 	}
-	q.mu.Unlock()
 	if len(flights) > 0 {
 		q.work.Go(func() { q.fly(r, flights) })
 	}
@@ -269,12 +302,13 @@ func (q *Queue) seen(l *Layer, m int) bool {
 	return true
 }
 
-// fly brings the flights of a run, which are neighbours.
+// fly brings the flights of a run, which are neighbours. Each of them ends, whatever happens.
 func (q *Queue) fly(r *run, flights []*flight) {
-	// A registry that is restarting is back within seconds; readers give up by themselves.
+	// A Blob asks again by itself while its registry does not answer. Here, streams that break are gone on with.
 	const maxAttempts = 6
+	ctx := flights[0].id.layer.ctx
 	for attempt := 1; ; attempt++ {
-		arrived, err := q.request(r, flights)
+		arrived, err := q.request(ctx, r, flights)
 		flights = flights[arrived:]
 		if len(flights) == 0 {
 			return
@@ -282,54 +316,61 @@ func (q *Queue) fly(r *run, flights []*flight) {
 		if arrived > 0 {
 			attempt = 1
 		}
-		if attempt == maxAttempts || q.ctx.Err() != nil {
+		if ctx.Err() != nil {
+			err = context.Cause(ctx)
+		}
+		if attempt == maxAttempts || ctx.Err() != nil {
 			for _, f := range flights {
-				q.finish(f, false, err)
+				q.finish(f, err)
 			}
 			return
 		}
 		select {
 		case <-time.After(retryDelay(attempt)):
-		case <-q.ctx.Done():
+		case <-ctx.Done():
 		}
 	}
 }
 
 // request asks for the span of some neighbouring flights, in one range request, and hands each to a
 // decoder when its bytes are in. It returns for how many they came.
-func (q *Queue) request(r *run, flights []*flight) (arrived int, err error) {
-	slot, err := q.slot(r)
+func (q *Queue) request(ctx context.Context, r *run, flights []*flight) (arrived int, err error) {
+	slot, err := q.slot(ctx, r)
 	if err != nil {
 		return 0, err
 	}
 	defer func() { <-slot }()
+	if err := q.yield(ctx, r); err != nil {
+		return 0, err
+	}
 	l := flights[0].id.layer
 	start, _ := l.Table.Member(flights[0].id.member)
 	_, end := l.Table.Member(flights[len(flights)-1].id.member)
-	q.requests.Add(1)
-	body, err := l.Blob.Range(q.ctx, start, end-start)
+	body, err := q.stream(ctx, r, l.Blob, start, end-start)
 	if err != nil {
 		return 0, err
 	}
 	defer body.Close()
 	for _, f := range flights {
-		if err := q.yield(r); err != nil {
-			return arrived, err
-		}
 		from, to := l.Table.Member(f.id.member)
 		if to-from > maxBuffered {
-			err = q.land(f, &counter{io.LimitReader(body, to-from), &q.fetched})
-			if err != nil {
+			member := io.LimitReader(body, to-from)
+			if err := q.land(f, member); err != nil {
 				return arrived, err
 			}
+			q.finish(f, nil)
 			arrived++
+			// What the decoder did not want is read too: other members follow.
+			if _, err := io.Copy(io.Discard, member); err != nil {
+				return arrived, err
+			}
 			continue
 		}
 		b := buffers.get(int(to - from))
 		n, err := io.ReadFull(body, b)
-		q.fetched.Add(int64(n))
 		if err != nil {
-			return arrived, fmt.Errorf("at byte %d of the blob: %w", from+int64(n), err)
+			buffers.put(b)
+			return arrived, fmt.Errorf("at byte %d of the blob: %w", from+int64(n), noEOF(err))
 		}
 		arrived++
 		q.decoders <- struct{}{}
@@ -341,78 +382,127 @@ func (q *Queue) request(r *run, flights []*flight) (arrived int, err error) {
 	return arrived, nil
 }
 
+// A body is the stream of one request: it counts what arrives, keeps a fill off the link while somebody waits for something
+// else, and ends in an error when nothing arrives for half of a reader's patience, so that a second
+// try has the other half.
+type body struct {
+	io.ReadCloser
+	q      *Queue
+	r      *run
+	ctx    context.Context // of the request
+	cancel context.CancelCauseFunc
+	alive  *time.Timer // cancels ctx; runs while the network is waited for
+}
+
+// stream begins the request.
+func (q *Queue) stream(ctx context.Context, r *run, blob Blob, off, n int64) (*body, error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	patience := q.timeout / 2
+	b := &body{q: q, r: r, ctx: ctx, cancel: cancel}
+	b.alive = time.AfterFunc(patience, func() { cancel(fmt.Errorf("nothing arrived for %v", patience)) })
+	q.requests.Add(1)
+	var err error
+	b.ReadCloser, err = blob.Range(ctx, off, n)
+	b.alive.Stop()
+	if err != nil {
+		err = b.cause(err)
+		cancel(nil)
+		return nil, err
+	}
+	return b, nil
+}
+
+func (b *body) Read(p []byte) (int, error) {
+	if err := b.q.yield(b.ctx, b.r); err != nil {
+		return 0, err
+	}
+	b.alive.Reset(b.q.timeout / 2)
+	n, err := b.ReadCloser.Read(p)
+	b.alive.Stop()
+	b.q.fetched.Add(int64(n))
+	if err != nil {
+		err = b.cause(err)
+	}
+	return n, err
+}
+
+// cause is err, or if the request was cancelled why.
+func (b *body) cause(err error) error {
+	if b.ctx.Err() != nil {
+		return context.Cause(b.ctx)
+	}
+	return err
+}
+
+func (b *body) Close() error {
+	defer b.cancel(nil)
+	return b.ReadCloser.Close()
+}
+
 // maxBuffered is the most compressed bytes of one member that are held in memory. Larger members, which only odd
 // images have, are decoded as they arrive.
 const maxBuffered = 16 << 20
 
 // slot waits until the run may make its request, and returns where to give the slot back.
-func (q *Queue) slot(r *run) (chan struct{}, error) {
+func (q *Queue) slot(ctx context.Context, r *run) (chan struct{}, error) {
 	if !r.urgent() {
+		slots := q.aheadSlots
+		if r.priority == fill {
+			slots = q.fillSlots
+		}
 		select {
-		case q.aheadSlots <- struct{}{}:
-			return q.aheadSlots, nil
+		case slots <- struct{}{}:
+			return slots, nil
 		case <-r.promoted:
-		case <-q.ctx.Done():
-			return nil, q.ctx.Err()
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
 		}
 	}
 	select {
 	case q.demandSlots <- struct{}{}:
 		return q.demandSlots, nil
-	case <-q.ctx.Done():
-		return nil, q.ctx.Err()
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
 	}
 }
 
-// yield keeps a fill off the link while somebody waits for something else.
-func (q *Queue) yield(r *run) error {
-	if r.priority != fill || r.urgent() || q.waiting.Load() == 0 {
-		return q.ctx.Err()
+// yield holds a fill back while somebody waits for something else.
+func (q *Queue) yield(ctx context.Context, r *run) error {
+	if r.priority != fill || r.urgent() {
+		return context.Cause(ctx)
 	}
-	ctx, cancel := context.WithCancel(q.ctx)
-	defer cancel()
-	stop := make(chan struct{})
-	defer close(stop)
-	go func() { // ends with yield
-		select {
-		case <-r.promoted:
-			cancel()
-		case <-stop:
-		}
-	}()
-	q.waitQuiet(ctx)
-	return q.ctx.Err()
+	return q.waitQuiet(ctx, r.promoted)
 }
 
 // landOrRetry decodes a member. What does not verify is fetched once more: it may have been damaged on the way.
 func (q *Queue) landOrRetry(f *flight, b []byte) {
 	err := q.land(f, bytes.NewReader(b))
 	buffers.put(b)
-	if err == nil {
-		return
-	}
 	f.tries++
-	if f.tries == 2 || q.ctx.Err() != nil {
-		q.finish(f, false, err)
+	if err == nil || f.tries == 2 || f.id.layer.ctx.Err() != nil {
+		q.finish(f, err)
 		return
 	}
 	q.work.Go(func() { q.fly(f.run, []*flight{f}) })
 }
 
 // land decodes the member that r begins with, verifies its chunks, and stores them: the one place where
-// bytes become trusted. Without an error the flight has ended.
+// bytes become trusted.
 func (q *Queue) land(f *flight, r io.Reader) error {
 	zr, err := decoder(f.id.layer.Table.Compression(), r)
 	if err != nil {
 		return f.errorf(err)
 	}
 	defer zr.Close()
-	stored := true
-	var at int64 // in bytes of the member
+	f.data, f.lost = nil, nil // of the first try
+	var at int64              // in bytes of the member
 	for _, ref := range f.refs {
 		c, _ := ref.Object.Chunk(ref.Chunk)
 		if _, err := io.CopyN(io.Discard, zr, c.Inner-at); err != nil {
 			return f.errorf(noEOF(err))
+		}
+		if c.Size <= 0 || c.Size > toc.MaxChunkSize {
+			return f.errorf(fmt.Errorf("the chunk table is damaged: a chunk of %d bytes", c.Size))
 		}
 		p := buffers.get(int(c.Size))
 		if _, err := io.ReadFull(zr, p); err != nil {
@@ -423,17 +513,14 @@ func (q *Queue) land(f *flight, r io.Reader) error {
 			return f.errorf(fmt.Errorf("chunk at byte %d of the member is %v, not %v as the TOC says", c.Inner, toc.Digest(sum), c.Digest))
 		}
 		key := store.Key(ref.Object.Key)
-		if err := q.put(key, ref.Chunk, c, p); err != nil {
-			stored = false
-			q.fullStore(err)
-		}
-		if f.waiters.Load() > 0 {
+		if err := q.put(key, ref.Chunk, p); err != nil {
+			f.lost = err
 			f.keep(key, ref.Chunk, p)
-		} else {
-			buffers.put(p)
+			q.fullStore(err)
+			continue
 		}
+		buffers.put(p)
 	}
-	q.finish(f, stored, nil)
 	return nil
 }
 
@@ -450,13 +537,13 @@ func noEOF(err error) error {
 }
 
 // put stores verified bytes.
-func (q *Queue) put(key store.Key, i int, c toc.Chunk, p []byte) error {
+func (q *Queue) put(key store.Key, i int, p []byte) error {
 	o, err := q.Open(id(key))
 	if err != nil {
 		return err
 	}
 	defer o.Close()
-	return o.put(i, c, p)
+	return o.put(i, p)
 }
 
 // fullStore reports that the store did not take something, once a minute.
@@ -467,28 +554,19 @@ func (q *Queue) fullStore(err error) {
 	}
 }
 
-// finish ends a flight: its chunks are in the store if stored, in memory for those who wait if not, or err says why neither.
-func (q *Queue) finish(f *flight, stored bool, err error) {
+// finish ends a flight: its chunks are in the store, or in memory for those who wait; or err says why neither.
+func (q *Queue) finish(f *flight, err error) {
 	f.err = err
 	q.mu.Lock()
-	if err == nil && stored {
+	if err == nil && f.lost == nil {
 		f.id.layer.members[f.id.member].Store(true)
 	}
 	delete(q.flights, f.id)
+	if f.waiters.Load() == 0 { // and nobody can join any more
+		f.data = nil
+	}
 	q.mu.Unlock()
 	close(f.done)
-}
-
-// counter counts what is read through it.
-type counter struct {
-	io.Reader
-	n *atomic.Int64
-}
-
-func (c *counter) Read(p []byte) (int, error) {
-	n, err := c.Reader.Read(p)
-	c.n.Add(int64(n))
-	return n, err
 }
 
 // maxZstdWindow bounds the memory of one zstd decoder. Level 19 uses 8 MiB.

@@ -1,0 +1,43 @@
+# make help lists the targets.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help build demo test race bench fuzz lint check clean
+
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
+MODULES := $(patsubst %/go.mod,%,$(shell git ls-files -co --exclude-standard 'go.mod' '*/go.mod' 2>/dev/null || echo go.mod))
+FUZZTIME ?= 30s
+BENCH ?= .
+
+help: ## list the targets
+	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+build: ## bin/lazuli, one static binary
+	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/lazuli ./cmd/lazuli
+
+demo: build ## a Python job from a lazy image, beside a full pull and unpack (root; IMAGE=ref, JOB='cmd arg…')
+	LAZULI_BUILT=1 deploy/demo.sh
+
+test: build ## all tests; as root, or those that mount are skipped (CI=true: a skip is a failure)
+	@for m in $(MODULES); do (cd $$m && "$(CURDIR)/deploy/test.sh" -timeout 40m ./...); done
+
+race: ## all tests of the main module under the race detector
+	deploy/test.sh -race -timeout 50m ./...
+
+bench: ## benchmarks, ten runs each, for benchstat (BENCH=regexp)
+	go test -run '^$$' -bench '$(BENCH)' -benchmem -count 10 -timeout 60m ./...
+
+fuzz: ## each fuzz target for FUZZTIME (30s)
+	@grep -rhoE --include='*_test.go' '^func Fuzz[A-Za-z0-9_]+' --exclude-dir=.cache . >/dev/null
+	@grep -rlE --include='*_test.go' '^func Fuzz' . | xargs -n1 dirname | sort -u | while read -r dir; do \
+		grep -hoE '^func Fuzz[A-Za-z0-9_]+' $$dir/*_test.go | cut -d' ' -f2 | while read -r f; do \
+			echo "$$dir $$f"; go test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) $$dir </dev/null; done; done
+
+lint: ## go vet and gofmt
+	@for m in $(MODULES); do (cd $$m && go vet ./...); done
+	@bad=$$(gofmt -l $$(git ls-files -co --exclude-standard '*.go')); [[ -z $$bad ]] || { echo "gofmt -w $$bad" >&2; exit 1; }
+
+check: lint test ## lint and test
+
+clean: ## remove what was built and cached
+	rm -rf bin .cache

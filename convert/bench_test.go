@@ -189,13 +189,13 @@ func BenchmarkConvert(b *testing.B) {
 	for _, level := range []int{5, 6, 7, 8, 9} {
 		all = append(all, combination{EStargz, level, 128 << 10, 128 << 10})
 	}
-	for _, kib := range [][2]int64{{64, 64}, {64, 128}, {64, 256}, {128, 64}, {128, 256}, {256, 64}, {256, 128}, {256, 256}, {1024, 256}, {4096, 4096}, {128, 0}, {4096, 0}} {
+	for _, kib := range [][2]int64{{64, 64}, {64, 128}, {160, 160}, {192, 128}, {128, 192}, {128, 256}, {256, 128}, {256, 256}, {4096, 4096}, {128, 0}, {4096, 0}} {
 		all = append(all, combination{EStargz, 7, kib[0] << 10, max(1, kib[1]<<10)})
 	}
 	for _, level := range []int{1, 3, 7, 11} {
-		all = append(all, combination{ZstdChunked, level, 128 << 10, 128 << 10})
+		all = append(all, combination{ZstdChunked, level, 192 << 10, 128 << 10})
 	}
-	for _, kib := range [][2]int64{{128, 0}, {64, 64}, {128, 256}, {256, 128}, {256, 256}} {
+	for _, kib := range [][2]int64{{192, 0}, {64, 64}, {128, 128}, {256, 256}} {
 		all = append(all, combination{ZstdChunked, 3, kib[0] << 10, max(1, kib[1]<<10)})
 	}
 	for _, c := range all {

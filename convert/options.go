@@ -26,13 +26,14 @@ type Options struct {
 	// is taken whatever its platform.
 	Platforms []v1.Platform
 	// Level of compression: 1 to 9 for EStargz, 1 to 22 for ZstdChunked (of which its encoder
-	// makes four). 0 is the best level that converts no slower than docs/convert.md says.
+	// makes four). 0 is 7.
 	Level int
-	// ChunkSize is the largest piece of a file that is verified by itself, in bytes, of 4 KiB to 64 MiB.
-	// 0 is 128 KiB.
+	// ChunkSize is the largest piece of a file that is verified by itself, in bytes: 4 KiB to 64 MiB.
+	// 0 is 192 KiB.
 	ChunkSize int64
-	// GroupSize is how many bytes of small files share one compressed stream, which is fetched as a
-	// whole. 0 is the format's default; a group of 1 puts every file into a stream of its own.
+	// GroupSize is how many bytes of the tar share one compressed stream, which is fetched as a
+	// whole, unless one chunk is larger. 0 is 128 KiB; 1 puts every chunk into a stream of its own, as
+	// old readers need it (stargz-snapshotter before v0.13).
 	GroupSize int64
 	// Profile names the files that come first, in this order, as paths from the root. They are what
 	// runtimes fetch ahead. Nil is none; see [ParseProfile].
@@ -59,11 +60,9 @@ type shape struct {
 
 // Defaults, chosen from the table in docs/convert.md.
 const (
-	defaultChunk     = 128 << 10
-	defaultGzipGroup = 128 << 10
-	defaultZstdGroup = 128 << 10
-	defaultGzipLevel = 9
-	defaultZstdLevel = 3
+	defaultChunk = 192 << 10
+	defaultGroup = 128 << 10
+	defaultLevel = 7
 
 	minChunk = 4 << 10
 	maxChunk = 64 << 20
@@ -74,24 +73,24 @@ const version = 1
 
 func (o *Options) shape() (shape, error) {
 	s := shape{o.Format, o.Level, o.ChunkSize, o.GroupSize}
-	maxLevel, level, group := 9, defaultGzipLevel, int64(defaultGzipGroup)
+	maxLevel := 9
 	switch s.format {
 	case "":
 		s.format = EStargz
 	case EStargz:
 	case ZstdChunked:
-		maxLevel, level, group = 22, defaultZstdLevel, defaultZstdGroup
+		maxLevel = 22
 	default:
 		return s, fmt.Errorf("format %q: there are %s and %s", s.format, EStargz, ZstdChunked)
 	}
 	if s.level == 0 {
-		s.level = level
+		s.level = defaultLevel
 	}
 	if s.chunk == 0 {
 		s.chunk = defaultChunk
 	}
 	if s.group == 0 {
-		s.group = group
+		s.group = defaultGroup
 	}
 	if s.level < 1 || s.level > maxLevel {
 		return s, fmt.Errorf("level %d: %s has 1 to %d", s.level, s.format, maxLevel)

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"io"
 	"os"
@@ -47,18 +46,18 @@ again: a second run uploads nothing. DST's tag moves last, when everything else 
 		RunE: func(cmd *cobra.Command, args []string) error {
 			src, err := remote.ParseReference(args[0])
 			if err != nil {
-				return err
+				return &usageError{err}
 			}
 			dst, err := remote.ParseReference(args[1])
 			if err != nil {
-				return err
+				return &usageError{err}
 			}
 			opts.Format = convert.Format(format)
 			opts.ChunkSize, opts.GroupSize = int64(chunk), int64(group)
 			for _, s := range platforms {
 				p, err := v1.ParsePlatform(s)
 				if err != nil {
-					return fmt.Errorf("--platform %s: want OS/ARCHITECTURE[/VARIANT], such as linux/arm64: %w", s, err)
+					return &usageError{fmt.Errorf("--platform %s: want OS/ARCHITECTURE[/VARIANT], such as linux/arm64: %w", s, err)}
 				}
 				opts.Platforms = append(opts.Platforms, *p)
 			}
@@ -87,9 +86,7 @@ again: a second run uploads nothing. DST's tag moves last, when everything else 
 				fmt.Fprintf(cmd.ErrOrStderr(), "profile: %s: not moved: no such file in the image, or a layer changes it twice\n", name)
 			}
 			if asJSON {
-				e := json.NewEncoder(cmd.OutOrStdout())
-				e.SetIndent("", "  ")
-				return e.Encode(result)
+				return writeJSON(cmd.OutOrStdout(), result)
 			}
 			if !quiet {
 				printConverted(cmd.OutOrStdout(), dst, result)
@@ -142,24 +139,17 @@ func (s *convertSize) Set(text string) error {
 func printConverted(w io.Writer, dst remote.Reference, r *convert.Result) {
 	var in, out int64
 	for _, l := range r.Layers {
-		fmt.Fprintf(w, "%-9s  %s → %s  %s → %s\n", l.Outcome, convertShort(l.Source), convertShort(l.Target), convertMB(l.SourceSize), convertMB(l.TargetSize))
+		fmt.Fprintf(w, "%-9s  %s → %s  %s → %s\n", l.Outcome, convertShort(l.Source), convertShort(l.Target), size(l.SourceSize), size(l.TargetSize))
 		in, out = in+l.SourceSize, out+l.TargetSize
 	}
 	ratio := ""
 	if in > 0 {
 		ratio = fmt.Sprintf(" (%.1f %%)", 100*float64(out)/float64(in))
 	}
-	fmt.Fprintf(w, "%v\n%v  %s → %s%s, %s written\n", dst, r.Digest, convertMB(in), convertMB(out), ratio, convertMB(r.Uploaded))
+	fmt.Fprintf(w, "%v\n%v  %s → %s%s, %s written\n", dst, r.Digest, size(in), size(out), ratio, size(r.Uploaded))
 }
 
 func convertShort(h v1.Hash) string { return h.Hex[:min(12, len(h.Hex))] }
-
-func convertMB(n int64) string {
-	if n < 1e6 {
-		return fmt.Sprintf("%.1f kB", float64(n)/1e3)
-	}
-	return fmt.Sprintf("%.1f MB", float64(n)/1e6)
-}
 
 // showConverting shows how far p is until stop is called: one line that is rewritten on a terminal, a line every
 // few seconds elsewhere.
@@ -206,7 +196,7 @@ func convertingLine(s convert.Status) string {
 	if s.Layers == 0 {
 		return "reading manifests"
 	}
-	line := fmt.Sprintf("%d of %d layers, %s of %s read, %s made, %.1f MB/s", s.LayersDone, s.Layers, convertMB(s.In), convertMB(s.Total), convertMB(s.Out), s.Rate/1e6)
+	line := fmt.Sprintf("%d of %d layers, %s of %s read, %s made, %.1f MB/s", s.LayersDone, s.Layers, size(s.In), size(s.Total), size(s.Out), s.Rate/1e6)
 	if s.Left > 0 {
 		line += fmt.Sprintf(", about %v left", s.Left.Round(time.Second))
 	}

@@ -107,8 +107,8 @@ unpacked=$(($(now) - t0))
 if ((${#job[@]})); then
 	# As lazuli run does: the job replaces the image's command, its entrypoint stays.
 	skopeo inspect --config "oci:$work/pulled:original" >"$work/image.json"
-	printf '%s\0' "${job[@]}" | jq -Rs --slurpfile image "$work/image.json" \
-		'($image[0].config.Entrypoint // []) + split("\u0000")[:-1]' >"$work/args.json"
+	for arg in "${job[@]}"; do jq -n --arg arg "$arg" '$arg'; done |
+		jq -s --slurpfile image "$work/image.json" '($image[0].config.Entrypoint // []) + .' >"$work/args.json"
 	jq --slurpfile args "$work/args.json" '.process.args = $args[0]' "$work/bundle/config.json" >"$work/config.json"
 	mv "$work/config.json" "$work/bundle/config.json"
 fi

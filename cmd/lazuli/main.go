@@ -167,7 +167,10 @@ layers can be read piece by piece, mounts them at once, and fetches what is read
 		}
 	}
 	cmd.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
-		return &usageError{fmt.Errorf("%s: %w: %s --help lists the flags", cmd.Name(), err, cmd.CommandPath())}
+		if cmd.HasParent() {
+			err = fmt.Errorf("%s: %w", cmd.Name(), err)
+		}
+		return &usageError{fmt.Errorf("%w: %s --help lists the flags", err, cmd.CommandPath())}
 	})
 	return cmd
 }

@@ -103,8 +103,13 @@ func (r *rootDir) user(spec string) (u specs.User, home string, err error) {
 		return u, "", err
 	}
 	eu, err := user.GetExecUser(spec, &user.ExecUser{Home: "/"}, bytes.NewReader(passwd), bytes.NewReader(group))
-	if err != nil {
-		return u, "", fmt.Errorf("user %q: %w (names are those of the image's /etc/passwd and /etc/group)", spec, err)
+	switch {
+	case errors.Is(err, user.ErrNoPasswdEntries):
+		return u, "", fmt.Errorf("user %q: no such user in the image's /etc/passwd: use a number or another name", spec)
+	case errors.Is(err, user.ErrNoGroupEntries):
+		return u, "", fmt.Errorf("user %q: no such group in the image's /etc/group: use a number or another name", spec)
+	case err != nil:
+		return u, "", fmt.Errorf("user %q: %w", spec, err)
 	}
 	if eu.Uid < 0 || int64(eu.Uid) > math.MaxUint32-1 || eu.Gid < 0 || int64(eu.Gid) > math.MaxUint32-1 {
 		return u, "", fmt.Errorf("user %q: ids go from 0 to %d", spec, int64(math.MaxUint32-1))

@@ -160,6 +160,9 @@ func (b *bundle) run(ctx context.Context, sio IO) (int, error) {
 		if err := b.startError(); err != nil {
 			return 0, err
 		}
+		if b.pid() == 0 && ctx.Err() == nil {
+			return 0, &StartError{125, fmt.Errorf("%s ended with exit code %d before the process was started", filepath.Base(b.runtime), code)}
+		}
 	}
 	var exit *exec.ExitError
 	if err != nil && !errors.As(err, &exit) {

@@ -3,6 +3,7 @@ package convert
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"runtime"
@@ -398,7 +399,13 @@ func (c *conversion) copyBlob(ctx context.Context, from remote.Source, d v1.Desc
 // annotations that say it.
 func (c *conversion) unpromised(ctx context.Context, d v1.Descriptor) (map[string]string, bool, error) {
 	n := min(d.Size, toc.FooterSize)
+	if n == 0 {
+		return nil, false, nil
+	}
 	tail, err := c.readRange(ctx, d, d.Size-n, n)
+	if errors.Is(err, remote.ErrNoRanges) {
+		return nil, false, nil // converting reads from the beginning
+	}
 	if err != nil {
 		return nil, false, err
 	}

@@ -207,15 +207,20 @@ func (d *registryDest) manifest(ctx context.Context, ref name.Reference, desc v1
 	return nil
 }
 
-// others lists a few tags. Registries list in the order of names; of versions the last
-// are the newest more often than not.
+// others lists a few tags of the first page, which has a thousand or so. Registries list in the order of
+// names; of versions the last are the newest more often than not.
 func (d *registryDest) others(ctx context.Context) []string {
-	tags, err := d.pull.List(ctx, d.ref.Context())
+	refs := []string{d.ref.Name()}
+	lister, err := d.pull.Lister(ctx, d.ref.Context())
 	if err != nil {
 		return nil // a new repository, or one that does not list
 	}
+	page, err := lister.Next(ctx)
+	if err != nil {
+		return refs
+	}
+	tags := slices.Clone(page.Tags)
 	slices.Reverse(tags)
-	refs := []string{d.ref.Name()}
 	for _, t := range tags {
 		if len(refs) > maxOthers {
 			break

@@ -25,6 +25,9 @@ import (
 // maxWindow bounds the memory that reading a zstd layer takes: the window of "zstd --long".
 const maxWindow = 128 << 20
 
+// maxDrain is how much of a layer is read, in bytes, only to tell a damaged blob from a bad tar.
+const maxDrain = 64 << 20
+
 // convertLayer reads a layer and returns it as a lazy layer. Nothing is left
 // of it if there is an error, which does not name the layer.
 func (c *conversion) convertLayer(ctx context.Context, desc v1.Descriptor, p *pool, read func(int)) (*blob, error) {
@@ -42,7 +45,7 @@ func (c *conversion) convertLayer(ctx context.Context, desc v1.Descriptor, p *po
 	})
 	g.Go(func() error {
 		err := c.rewrite(ctx, w, in)
-		if err != nil && ctx.Err() != nil {
+		if err != nil && (ctx.Err() != nil || desc.Size-in.pos > maxDrain) {
 			return err
 		}
 		// Bytes that are not the layer explain every other error.

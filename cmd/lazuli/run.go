@@ -66,6 +66,8 @@ process, 128+n if signal n ended it; 125 if it could not be started, 126 if the 
 			code, err := a.runImage(cmd, args[0], o, line, fill)
 			var start *bundle.StartError
 			switch {
+			case errors.As(err, &start) && start.Said:
+				return &exitError{start.Code, fmt.Errorf("run %s: the process was not started, for the reason above", args[0])}
 			case errors.As(err, &start):
 				return &exitError{start.Code, fmt.Errorf("run %s: %w", args[0], start)}
 			case err != nil && cmd.Context().Err() != nil:

@@ -94,6 +94,8 @@ func ParseBind(s string) (Bind, error) {
 // it: 127 if the command was not found, 126 if it cannot be executed, 125 for everything else.
 type StartError struct {
 	Code int
+	// Said means that the runtime has written Err to Stderr already.
+	Said bool
 	Err  error
 }
 
@@ -119,7 +121,7 @@ func Config(image *v1.ConfigFile, root string, o Options) (*specs.Spec, error) {
 		args = slices.Concat(image.Config.Entrypoint, o.Args)
 	}
 	if len(args) == 0 || args[0] == "" {
-		return nil, &StartError{127, errors.New("the image names no command: say which to run after the image's name")}
+		return nil, &StartError{Code: 127, Err: errors.New("the image names no command: say which to run after the image's name")}
 	}
 
 	name := o.User

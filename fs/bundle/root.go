@@ -147,20 +147,20 @@ func (r *rootDir) command(name, dir, searchPath string, binds []Bind) error {
 	if len(binds) > 0 {
 		return nil
 	}
-	found := error(&StartError{127, fmt.Errorf("command %q: not found in the image", name)})
+	found := error(&StartError{Code: 127, Err: fmt.Errorf("command %q: not found in the image", name)})
 	if !strings.Contains(name, "/") {
-		found = &StartError{127, fmt.Errorf("command %q: not found in the image's PATH (%s)", name, searchPath)}
+		found = &StartError{Code: 127, Err: fmt.Errorf("command %q: not found in the image's PATH (%s)", name, searchPath)}
 	}
 	for _, c := range candidates {
 		st, err := r.stat(c)
 		switch {
 		case errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR):
 		case err != nil:
-			found = &StartError{126, fmt.Errorf("command %q: %w", c, err)}
+			found = &StartError{Code: 126, Err: fmt.Errorf("command %q: %w", c, err)}
 		case st.Mode&unix.S_IFMT == unix.S_IFDIR:
-			found = &StartError{126, fmt.Errorf("command %q: is a directory", c)}
+			found = &StartError{Code: 126, Err: fmt.Errorf("command %q: is a directory", c)}
 		case st.Mode&unix.S_IFMT != unix.S_IFREG || st.Mode&0o111 == 0:
-			found = &StartError{126, fmt.Errorf("command %q: is not executable (mode %#o)", c, st.Mode&0o7777)}
+			found = &StartError{Code: 126, Err: fmt.Errorf("command %q: is not executable (mode %#o)", c, st.Mode&0o7777)}
 		default:
 			return nil
 		}

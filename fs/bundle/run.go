@@ -53,11 +53,11 @@ func Runtime() (string, error) {
 func Run(ctx context.Context, dir string, spec *specs.Spec, sio IO) (code int, err error) {
 	bin, err := Runtime()
 	if err != nil {
-		return 0, &StartError{125, err}
+		return 0, &StartError{Code: 125, Err: err}
 	}
 	b, err := newBundle(dir, bin, spec)
 	if err != nil {
-		return 0, &StartError{125, err}
+		return 0, &StartError{Code: 125, Err: err}
 	}
 	defer func() {
 		if e := b.remove(); e != nil {
@@ -129,7 +129,7 @@ func (b *bundle) run(ctx context.Context, sio IO) (int, error) {
 
 	watch, err := b.watchPid()
 	if err != nil {
-		return 0, &StartError{125, err}
+		return 0, &StartError{Code: 125, Err: err}
 	}
 	var wg sync.WaitGroup
 	defer wg.Wait()
@@ -139,7 +139,7 @@ func (b *bundle) run(ctx context.Context, sio IO) (int, error) {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	if err := cmd.Start(); err != nil {
-		return 0, &StartError{125, err}
+		return 0, &StartError{Code: 125, Err: err}
 	}
 
 	wg.Go(func() {
@@ -161,7 +161,7 @@ func (b *bundle) run(ctx context.Context, sio IO) (int, error) {
 			return 0, err
 		}
 		if b.pid() == 0 && ctx.Err() == nil {
-			return 0, &StartError{125, fmt.Errorf("%s ended with exit code %d before the process was started", filepath.Base(b.runtime), code)}
+			return 0, &StartError{Code: 125, Err: fmt.Errorf("%s ended with exit code %d before the process was started", filepath.Base(b.runtime), code)}
 		}
 	}
 	var exit *exec.ExitError
@@ -256,7 +256,7 @@ func (b *bundle) startError() error {
 	case strings.Contains(msg, "exec: ") && strings.Contains(msg, "permission denied"), strings.Contains(msg, "exec format error"):
 		code = 126
 	}
-	return &StartError{code, fmt.Errorf("%s: %s", filepath.Base(b.runtime), msg)}
+	return &StartError{Code: code, Said: true, Err: fmt.Errorf("%s: %s", filepath.Base(b.runtime), msg)}
 }
 
 // remove deletes the container, if the runtime did not, and the bundle.

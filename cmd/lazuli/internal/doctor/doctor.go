@@ -137,17 +137,26 @@ func dataOnly() (string, error) {
 		return "", err
 	}
 	defer os.Remove(dir)
-	result := make(chan error, 1)
-	go func() {
-		// Never unlocked: the thread ends with the goroutine, and with the
-		// thread its mount namespace and all that was mounted.
-		runtime.LockOSThread()
-		result <- tryDataOnly(dir)
-	}()
-	if err := <-result; err != nil {
+	if err := onThread(func() error { return tryDataOnly(dir) }); err != nil {
 		return "", err
 	}
 	return "data-only lower layers work (tried)", nil
+}
+
+// onThread runs f on a thread that ends with it, and with the thread its mount namespace and all that was
+// mounted there. The process's first thread would not end, and it is what /proc/self shows: it is left alone.
+func onThread(f func() error) error {
+	result := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread() // but for the first thread never unlocked
+		if unix.Gettid() == unix.Getpid() {
+			result <- onThread(f)
+			runtime.UnlockOSThread()
+			return
+		}
+		result <- f()
+	}()
+	return <-result
 }
 
 func tryDataOnly(dir string) error {

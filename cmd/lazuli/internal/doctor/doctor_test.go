@@ -1,14 +1,17 @@
 package doctor
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 func TestExamine(t *testing.T) {
-	before, err := os.ReadFile("/proc/self/mountinfo")
+	before, err := os.Readlink("/proc/self/ns/mnt")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -18,9 +21,11 @@ func TestExamine(t *testing.T) {
 			t.Errorf("%s: says too little: %+v", f.Name, f)
 		}
 	}
-	after, _ := os.ReadFile("/proc/self/mountinfo")
-	if string(before) != string(after) {
-		t.Errorf("mounts changed:\n%s\n%s", before, after)
+	if after, err := os.Readlink("/proc/self/ns/mnt"); after != before {
+		t.Errorf("mount namespace %s, before %s: %v", after, before, err)
+	}
+	if mounts, _ := os.ReadFile("/proc/self/mountinfo"); strings.Contains(string(mounts), "lazuli-doctor-") {
+		t.Errorf("still mounted:\n%s", mounts)
 	}
 	if left, _ := filepath.Glob(filepath.Join(os.TempDir(), "lazuli-doctor-*")); len(left) != 0 {
 		t.Errorf("left behind: %q", left)
@@ -46,6 +51,20 @@ func TestDataOnly(t *testing.T) {
 	}
 	if _, err := dataOnly(); err != nil {
 		t.Error(err)
+	}
+}
+
+// Wherever the scheduler begins, the first thread keeps its namespace.
+func TestOnThread(t *testing.T) {
+	for range 200 {
+		if err := onThread(func() error {
+			if unix.Gettid() == unix.Getpid() {
+				return errors.New("on the first thread")
+			}
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
 	}
 }
 

@@ -77,49 +77,24 @@ type overlay struct {
 }
 
 // mountOverlay puts the parts together at dir.
+//
+// It is mount(2), not the newer fsconfig(2), whose strings end at 255 bytes; the paths are three in one option.
 func mountOverlay(o overlay, dir string) error {
-	fsfd, err := unix.Fsopen("overlay", unix.FSOPEN_CLOEXEC)
-	if err != nil {
-		return fmt.Errorf("overlayfs: %w", err)
-	}
-	defer unix.Close(fsfd)
-	set := func(key, value string) {
-		if err == nil {
-			if err = unix.FsconfigSetString(fsfd, key, value); err != nil {
-				err = fmt.Errorf("overlayfs: %s=%s: %w", key, value, withLog(fsfd, err))
-			}
-		}
-	}
-	set("source", mountSource)
-	set("lowerdir", escape(o.meta)+"::"+escape(o.objects)+"::"+escape(o.server))
-	set("metacopy", "on")
+	options := []string{"lowerdir=" + escape(o.meta) + "::" + escape(o.objects) + "::" + escape(o.server), "metacopy=on"}
+	flags := uintptr(unix.MS_NOATIME)
 	if o.upper != "" {
-		set("redirect_dir", "on")
-		set("upperdir", o.upper)
-		set("workdir", o.work)
-		if err == nil { // what is written is thrown away, so nobody need wait for the disk
-			err = unix.FsconfigSetFlag(fsfd, "volatile")
-		}
+		// What is written is thrown away, so nobody need wait for the disk: volatile.
+		options = append(options, "redirect_dir=on", "upperdir="+escape(o.upper), "workdir="+escape(o.work), "volatile")
 	} else {
-		set("redirect_dir", "follow")
+		options = append(options, "redirect_dir=follow")
+		flags |= unix.MS_RDONLY
+	}
+	err := unix.Mount(mountSource, dir, "overlay", flags, strings.Join(options, ","))
+	if errors.Is(err, unix.EINVAL) {
+		return fmt.Errorf("mount overlayfs at %s: %w: the kernel log says why; lazuli doctor tries what is needed", dir, err)
 	}
 	if err != nil {
-		return err
-	}
-	if err := unix.FsconfigCreate(fsfd); err != nil {
-		return fmt.Errorf("overlayfs: %w", withLog(fsfd, err))
-	}
-	attr := unix.MOUNT_ATTR_NOATIME
-	if o.upper == "" {
-		attr |= unix.MOUNT_ATTR_RDONLY
-	}
-	mfd, err := unix.Fsmount(fsfd, unix.FSMOUNT_CLOEXEC, attr)
-	if err != nil {
-		return fmt.Errorf("overlayfs: %w", withLog(fsfd, err))
-	}
-	defer unix.Close(mfd)
-	if err := unix.MoveMount(mfd, "", unix.AT_FDCWD, dir, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
-		return fmt.Errorf("mount at %s: %w", dir, err)
+		return fmt.Errorf("mount overlayfs at %s: %w", dir, err)
 	}
 	return nil
 }
@@ -139,26 +114,9 @@ func likeRoot(upper, root string) error {
 	return unix.UtimesNanoAt(unix.AT_FDCWD, upper, []unix.Timespec{st.Mtim, st.Mtim}, 0)
 }
 
-// escape writes a path as an element of lowerdir, where a colon would end it.
+// escape writes a path as a value among mount options, where a comma would end it, or a colon in lowerdir.
 func escape(path string) string {
-	return strings.NewReplacer(`\`, `\\`, `:`, `\:`).Replace(path)
-}
-
-// withLog adds what the kernel wrote about the error to the file system context.
-func withLog(fsfd int, err error) error {
-	var lines []string
-	var b [1024]byte
-	for {
-		n, readErr := unix.Read(fsfd, b[:])
-		if readErr != nil || n <= 0 {
-			break
-		}
-		lines = append(lines, strings.TrimSpace(strings.TrimLeft(string(b[:n]), "eiw ")))
-	}
-	if len(lines) == 0 {
-		return err
-	}
-	return fmt.Errorf("%w (%s)", err, strings.Join(lines, "; "))
+	return strings.NewReplacer(`\`, `\\`, `:`, `\:`, `,`, `\,`).Replace(path)
 }
 
 // unmount unmounts dir; if it is in use, its users keep it until they are done.

@@ -25,7 +25,6 @@ import (
 	"io"
 	"log/slog"
 	"runtime"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -125,6 +124,8 @@ type Queue struct {
 	waiting                                      atomic.Int64 // demand reads that wait
 	quiet                                        chan struct{}
 	quietMu                                      sync.Mutex
+
+	gzips, zstds sync.Pool // of decompressors
 
 	requests, fetched, needed, misses, errors atomic.Int64
 	lastFull                                  atomic.Int64 // when a full store was last logged, in Unix seconds
@@ -321,61 +322,92 @@ func (q *Queue) wait() (done func()) {
 // Fill fetches everything of the layers, which were added, that is not in the store, in the order of the blobs. It returns
 // when all of it is in, or with the first error: also that of a store that does not take it.
 func (q *Queue) Fill(ctx context.Context, layers ...*Layer) error {
+	for _, l := range layers {
+		// What others are fetching already is passed over, and may come to nothing: hence the second look.
+		for pass := 0; !q.complete(l); pass++ {
+			if l.ctx.Err() != nil {
+				return fmt.Errorf("%s: %w", l.Name, context.Cause(l.ctx))
+			}
+			if pass == attempts {
+				return fmt.Errorf("%s: objects went away while it was filled", l.Name)
+			}
+			if err := q.fill(ctx, l); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// complete reports whether everything of l is in the store.
+func (q *Queue) complete(l *Layer) bool {
+	if l.Table.Compression() == toc.Whole {
+		for i := range l.Table.Len() {
+			if !q.store.Has(store.Key(l.Table.At(i).Key)) {
+				return false
+			}
+		}
+		return true
+	}
+	for m := range l.Table.NumMembers() {
+		if !q.seen(l, m) {
+			return false
+		}
+	}
+	return true
+}
+
+// fill fetches what is missing of l and not on its way, and waits for both.
+func (q *Queue) fill(ctx context.Context, l *Layer) error {
+	if l.Table.Compression() == toc.Whole {
+		return q.whole(ctx, l)
+	}
 	var under [][]*flight // runs that were begun and not yet waited for, oldest first
 	reap := func(keep int) error {
 		for len(under) > keep {
 			for _, f := range under[0] {
-				if err := f.stored(ctx); err != nil {
-					return err
+				err := f.wait(ctx)
+				if err == nil {
+					err = f.lost
+				}
+				if err != nil {
+					return fmt.Errorf("%s: %w", l.Name, err)
 				}
 			}
 			under = under[1:]
 		}
 		return nil
 	}
-	for _, l := range layers {
-		if l.Table.Compression() == toc.Whole {
-			if !q.complete(l) {
-				if err := q.whole(ctx, l); err != nil {
-					return err
-				}
-			}
-			continue
+	for m := 0; m < l.Table.NumMembers(); {
+		if err := q.waitQuiet(ctx, nil); err != nil {
+			return err
 		}
-		for m := 0; m < l.Table.NumMembers(); {
-			if err := q.waitQuiet(ctx, nil); err != nil {
-				return err
-			}
-			if err := reap(fillRequests - 1); err != nil {
-				return err
-			}
-			var flights []*flight
-			if flights, m = q.startRun(l, m, l.Table.NumMembers(), maxRun, fill, 0); len(flights) > 0 {
-				under = append(under, flights)
-			}
+		if err := reap(fillRequests - 1); err != nil {
+			return err
+		}
+		var flights []*flight
+		if flights, m = q.startRun(l, m, l.Table.NumMembers(), maxRun, background, 0); len(flights) > 0 {
+			under = append(under, flights)
 		}
 	}
-	// What others were fetching already is not among the flights.
 	if err := reap(0); err != nil {
 		return err
 	}
-	return q.await(ctx, layers)
+	return q.await(ctx, l)
 }
 
-// await returns when nothing that was under way of the layers still is.
-func (q *Queue) await(ctx context.Context, layers []*Layer) error {
+// await returns when what is under way of l has ended, well or not.
+func (q *Queue) await(ctx context.Context, l *Layer) error {
 	var flights []*flight
 	q.mu.Lock()
 	for id, f := range q.flights {
-		if slices.Contains(layers, id.layer) {
+		if id.layer == l {
 			flights = append(flights, f)
 		}
 	}
 	q.mu.Unlock()
 	for _, f := range flights {
-		if err := f.stored(ctx); err != nil {
-			return err
-		}
+		f.wait(ctx)
 	}
-	return nil
+	return context.Cause(ctx)
 }

@@ -22,9 +22,9 @@ import (
 type priority int
 
 const (
-	fill   priority = iota // the rest of an image
-	ahead                  // what a reader is going to want
-	demand                 // somebody waits
+	background priority = iota // the rest of an image
+	ahead                      // what a reader is going to want
+	demand                     // somebody waits
 )
 
 // A flight is one member on its way. It is in Queue.flights from before its bytes are asked for
@@ -76,18 +76,6 @@ func (f *flight) wait(ctx context.Context) error {
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
-}
-
-// stored returns when everything that the flight brings is in the store, or why it is not.
-func (f *flight) stored(ctx context.Context) error {
-	err := f.wait(ctx)
-	if err == nil {
-		err = f.lost
-	}
-	if err != nil {
-		return fmt.Errorf("%s: %w", f.id.layer.Name, err)
-	}
-	return nil
 }
 
 // chunk returns the bytes of a chunk, if the flight, which has ended, kept them.
@@ -447,7 +435,7 @@ const maxBuffered = 16 << 20
 func (q *Queue) slot(ctx context.Context, r *run) (chan struct{}, error) {
 	if !r.urgent() {
 		slots := q.aheadSlots
-		if r.priority == fill {
+		if r.priority == background {
 			slots = q.fillSlots
 		}
 		select {
@@ -468,7 +456,7 @@ func (q *Queue) slot(ctx context.Context, r *run) (chan struct{}, error) {
 
 // yield holds a fill back while somebody waits for something else.
 func (q *Queue) yield(ctx context.Context, r *run) error {
-	if r.priority != fill || r.urgent() {
+	if r.priority != background || r.urgent() {
 		return context.Cause(ctx)
 	}
 	return q.waitQuiet(ctx, r.promoted)
@@ -489,7 +477,7 @@ func (q *Queue) landOrRetry(f *flight, b []byte) {
 // land decodes the member that r begins with, verifies its chunks, and stores them: the one place where
 // bytes become trusted.
 func (q *Queue) land(f *flight, r io.Reader) error {
-	zr, err := decoder(f.id.layer.Table.Compression(), r)
+	zr, err := q.decoder(f.id.layer.Table.Compression(), r)
 	if err != nil {
 		return f.errorf(err)
 	}
@@ -572,16 +560,11 @@ func (q *Queue) finish(f *flight, err error) {
 // maxZstdWindow bounds the memory of one zstd decoder. Level 19 uses 8 MiB.
 const maxZstdWindow = 64 << 20
 
-var (
-	gzipPool sync.Pool
-	zstdPool sync.Pool
-)
-
 // decoder returns a reader of one compressed stream's content. Close gives it back.
-func decoder(c toc.Compression, r io.Reader) (io.ReadCloser, error) {
+func (q *Queue) decoder(c toc.Compression, r io.Reader) (io.ReadCloser, error) {
 	switch c {
 	case toc.Gzip:
-		z, _ := gzipPool.Get().(*gzip.Reader)
+		z, _ := q.gzips.Get().(*gzip.Reader)
 		if z == nil {
 			z = new(gzip.Reader)
 		}
@@ -589,9 +572,9 @@ func decoder(c toc.Compression, r io.Reader) (io.ReadCloser, error) {
 			return nil, noEOF(err)
 		}
 		z.Multistream(false)
-		return &pooled{z, func() { gzipPool.Put(z) }}, nil
+		return &pooled{z, func() { q.gzips.Put(z) }}, nil
 	case toc.Zstd:
-		z, _ := zstdPool.Get().(*zstd.Decoder)
+		z, _ := q.zstds.Get().(*zstd.Decoder)
 		if z == nil {
 			var err error
 			z, err = zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(maxZstdWindow))
@@ -602,7 +585,7 @@ func decoder(c toc.Compression, r io.Reader) (io.ReadCloser, error) {
 		if err := z.Reset(r); err != nil {
 			return nil, err
 		}
-		return &pooled{z, func() { z.Reset(nil); zstdPool.Put(z) }}, nil
+		return &pooled{z, func() { z.Reset(nil); q.zstds.Put(z) }}, nil
 	}
 	return nil, fmt.Errorf("unknown compression %d", c)
 }

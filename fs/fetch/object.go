@@ -471,15 +471,5 @@ type wholeFlight struct {
 	err  error // set before done is closed
 }
 
-// complete reports whether every object of l is in the store.
-func (q *Queue) complete(l *Layer) bool {
-	for i := range l.Table.Len() {
-		if !q.store.Has(store.Key(l.Table.At(i).Key)) {
-			return false
-		}
-	}
-	return true
-}
-
 // retryDelay is how long to wait before attempt n (from 1) of a fetch.
 func retryDelay(n int) time.Duration { return time.Duration(n*n) * 200 * time.Millisecond }

@@ -5,7 +5,7 @@ SHELL := bash
 .PHONY: help build demo test race bench fuzz lint check clean
 
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
-MODULES := $(patsubst %/go.mod,%,$(shell git ls-files -co --exclude-standard 'go.mod' '*/go.mod' 2>/dev/null || echo go.mod))
+MODULES := $(dir $(shell git ls-files -co --exclude-standard go.mod "*/go.mod" 2>/dev/null || echo go.mod))
 FUZZTIME ?= 30s
 BENCH ?= .
 

@@ -81,7 +81,9 @@ say "Pushing the ordinary image to the registry at $host"
 if [[ -z $IMAGE ]]; then
 	skopeo copy --quiet --dest-tls-verify=false "docker-archive:$cache/image.tar" "docker://$original"
 else
-	skopeo copy --quiet --dest-tls-verify=false "docker://$IMAGE" "docker://$original" || die "$IMAGE: not to be had (skopeo's message is above)"
+	tls=true # as docker has it: only this machine's own registries may do without
+	[[ $IMAGE != localhost[:/]* && $IMAGE != 127.* ]] || tls=false
+	skopeo copy --quiet --src-tls-verify=$tls --dest-tls-verify=false "docker://$IMAGE" "docker://$original" || die "$IMAGE: not to be had (skopeo's message is above)"
 fi
 say 'Converting it'
 "$lazuli" convert --cache "$cache/converted" "$original" "$lazy"

@@ -10,7 +10,6 @@ import (
 	"io"
 	"os"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"syscall"
 	"testing"
@@ -19,6 +18,8 @@ import (
 	"github.com/containerd/stargz-snapshotter/estargz"
 	kgzip "github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
+
+	"golang.org/x/sync/errgroup"
 
 	"lazuli/fs/remote"
 	"lazuli/fs/toc"
@@ -274,34 +275,61 @@ func (w countingWriter) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// BenchmarkStargz makes eStargz layers as stargz-snapshotter's converter does: level 9, chunks of 4 MiB,
-// one file to a member; and grouped.
+// BenchmarkStargz makes eStargz layers as stargz-snapshotter's converter does: from the compressed layers,
+// side by side, with chunks of 4 MiB and one file to a member; and with its groups.
 func BenchmarkStargz(b *testing.B) {
-	tars, plain := benchTars(b)
+	src, err := remote.Open(b.Context(), benchImage(b), remote.Options{})
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer src.Close()
+	img, err := remote.Pick(b.Context(), src, nil)
+	if err != nil {
+		b.Fatal(err)
+	}
+	var plain int64
+	var layers []*io.SectionReader
+	for _, l := range img.Layers {
+		f, err := os.Create(filepath.Join(b.TempDir(), l.Digest.Hex))
+		if err != nil {
+			b.Fatal(err)
+		}
+		defer f.Close()
+		r, err := l.Blob.Range(b.Context(), 0, l.Size)
+		if err != nil {
+			b.Fatal(err)
+		}
+		if _, err := io.Copy(f, r); err != nil {
+			b.Fatal(err)
+		}
+		r.Close()
+		layers = append(layers, io.NewSectionReader(f, 0, l.Size))
+		plain += l.Size
+	}
 	for _, group := range []int{0, 50000} {
 		b.Run(fmt.Sprintf("group=%d", group), func(b *testing.B) {
 			since := cpu()
-			var out int64
+			var out counter
 			for range b.N {
-				out = 0
-				for _, f := range tars {
-					st, err := f.Stat()
-					if err != nil {
-						b.Fatal(err)
-					}
-					blob, err := estargz.Build(io.NewSectionReader(f, 0, st.Size()), estargz.WithMinChunkSize(group), estargz.WithParallelism(runtime.GOMAXPROCS(0)))
-					if err != nil {
-						b.Fatal(err)
-					}
-					n, err := io.Copy(io.Discard, blob)
-					if err != nil {
-						b.Fatal(err)
-					}
-					blob.Close()
-					out += n
+				out = counter{}
+				var g errgroup.Group
+				for _, l := range layers {
+					g.Go(func() error {
+						blob, err := estargz.Build(l, estargz.WithMinChunkSize(group))
+						if err != nil {
+							return err
+						}
+						defer blob.Close()
+						n, err := io.Copy(io.Discard, blob)
+						out.add(n)
+						return err
+					})
+				}
+				if err := g.Wait(); err != nil {
+					b.Fatal(err)
 				}
 			}
-			report(b, since, out, plain)
+			report(b, since, out.n, plain)
 		})
 	}
 }

@@ -8,6 +8,7 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo deve
 MODULES := $(dir $(shell git ls-files -co --exclude-standard go.mod "*/go.mod" 2>/dev/null || echo go.mod))
 FUZZTIME ?= 30s
 BENCH ?= .
+COUNT ?= 1
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,11 +25,10 @@ test: build ## all tests; as root, or those that mount are skipped (CI=true: a s
 race: ## all tests of the main module under the race detector
 	deploy/test.sh -race -timeout 50m ./...
 
-bench: ## benchmarks, ten runs each, for benchstat (BENCH=regexp)
-	go test -run '^$$' -bench '$(BENCH)' -benchmem -count 10 -timeout 60m ./...
+bench: ## benchmarks (BENCH=regexp; COUNT=10 for benchstat)
+	go test -run '^$$' -bench '$(BENCH)' -benchmem -count $(COUNT) -timeout 120m ./...
 
 fuzz: ## each fuzz target for FUZZTIME (30s)
-	@grep -rhoE --include='*_test.go' '^func Fuzz[A-Za-z0-9_]+' --exclude-dir=.cache . >/dev/null
 	@grep -rlE --include='*_test.go' '^func Fuzz' . | xargs -n1 dirname | sort -u | while read -r dir; do \
 		grep -hoE '^func Fuzz[A-Za-z0-9_]+' $$dir/*_test.go | cut -d' ' -f2 | while read -r f; do \
 			echo "$$dir $$f"; go test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) $$dir </dev/null; done; done

@@ -43,16 +43,18 @@ func detach(ctx context.Context, stderr, stdout io.Writer) error {
 	if err != nil {
 		return err
 	}
-	stop := context.AfterFunc(ctx, func() { cmd.Process.Signal(unix.SIGTERM) })
+	stop := context.AfterFunc(ctx, func() {
+		var caught *signalError
+		if errors.As(context.Cause(ctx), &caught) {
+			cmd.Process.Signal(caught.signal)
+		}
+	})
 	line, err := io.ReadAll(pr)
 	if stop() && err == nil && strings.HasSuffix(string(line), "\n") {
 		_, err := stdout.Write(line)
 		return err
 	}
 	err = cmd.Wait()
-	if ctx.Err() != nil {
-		return context.Cause(ctx)
-	}
 	var exit *exec.ExitError
 	if errors.As(err, &exit) && exit.ExitCode() > 0 {
 		return &exitError{code: exit.ExitCode()} // it has said why

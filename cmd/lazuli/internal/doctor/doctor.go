@@ -9,6 +9,7 @@ package doctor
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -61,6 +62,9 @@ func Works(findings []Finding) bool {
 
 func check(name string, required bool, try func() (detail string, err error), fix string) Finding {
 	detail, err := try()
+	if os.Geteuid() != 0 && errors.Is(err, fs.ErrPermission) {
+		fix = "run as root"
+	}
 	if err != nil {
 		return Finding{name, false, required, err.Error(), fix}
 	}

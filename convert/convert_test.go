@@ -275,6 +275,9 @@ func checkStargz(t *testing.T, d v1.Descriptor, blob, plain []byte, verify bool)
 		if string(data) != e.Data {
 			t.Errorf("estargz: %q: content differs", name)
 		}
+		if x, _ := r.Lookup(name); len(data) > 0 && x.Digest != hexSum(e.Data) {
+			t.Errorf("estargz: %q: digest %s, want %s", name, x.Digest, hexSum(e.Data))
+		}
 		for off := int64(0); verify && off < int64(len(data)); {
 			c, ok := r.ChunkEntryForOffset(name, off)
 			if !ok {

@@ -165,9 +165,8 @@ type tarEntry struct {
 // A tarReader reads the entries of a tar together with the very bytes of their
 // headers: what is copied loses nothing.
 type tarReader struct {
-	in     recorder
-	tar    *tar.Reader
-	sparse bool // the entry before was
+	in  recorder
+	tar *tar.Reader
 }
 
 func newTarReader(r io.Reader) *tarReader {
@@ -191,17 +190,15 @@ func (t *tarReader) next() (*tarEntry, error) {
 			return nil, fmt.Errorf("tar at byte %d: %w", t.in.pos, err)
 		}
 		x := &tarEntry{header: t.in.raw, data: t.tar}
-		// The raw bytes begin with the padding of the entry before, and after a sparse one with more.
-		// A sparse file's headers describe a form that is not kept.
-		sparse := isSparse(h)
-		if again := t.sparse || sparse || int64(len(x.header)) < pad; again {
+		// The raw bytes begin with the padding of the entry before. A sparse file's headers describe a
+		// form that is not kept.
+		if isSparse(h) || int64(len(x.header)) < pad {
 			if x.header, err = encode(h); err != nil {
 				return nil, fmt.Errorf("entry %.300q: %w", h.Name, err)
 			}
 		} else {
 			x.header = x.header[pad:]
 		}
-		t.sparse = sparse
 		if h.Typeflag == tar.TypeXGlobalHeader {
 			return x, nil
 		}

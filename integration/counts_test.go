@@ -141,7 +141,7 @@ func blobTraffic(r *Registry) (ranges int, bytes int64) {
 
 // TestCountOneByte: one byte of a large file brings its chunk and no more than the readahead window.
 func TestCountOneByte(t *testing.T) {
-	const window = 512 << 10 // fetch.firstWindow
+	const window = 1 << 20 // fetch.firstWindow
 	registry := NewRegistry(t, RegistryOptions{})
 	ref := registry.Push(t, convertedImage(t, convert.Options{}, []layerFile{{"big", noise(1, 30<<20)}}), "byte")
 	r := mountImage(t, ref)

@@ -8,6 +8,8 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo deve
 MODULES := $(dir $(shell git ls-files -co --exclude-standard go.mod "*/go.mod" 2>/dev/null || echo go.mod))
 FUZZTIME ?= 30s
 BENCH ?= .
+CONVERT ?= Convert/.*/level=7/chunk=192/group=128|Plain/.*/level=[67]|Stargz
+CACHE ?= $(or $(LAZULI_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/lazuli)
 COUNT ?= 1
 
 help: ## list the targets
@@ -25,8 +27,11 @@ test: build ## all tests; as root, or those that mount are skipped (CI=true: a s
 race: ## all tests of the main module under the race detector
 	deploy/test.sh -race -timeout 50m ./...
 
-bench: ## benchmarks (BENCH=regexp; COUNT=10 for benchstat)
-	go test -run '^$$' -bench '$(BENCH)' -benchmem -count $(COUNT) -timeout 120m ./...
+bench: ## benchmarks: of packages, of the converter and its peers, against the plain kernel (root; BENCH=regexp)
+	go test -run '^$$' -bench '$(BENCH)' -benchmem -timeout 60m ./fs/...
+	[[ -e $(CACHE)/images/py/index.json ]] || go run ./integration/debian -dir $(CACHE)/images py
+	LAZULI_BENCH_IMAGE=oci:$(CACHE)/images/py go test -run '^$$' -bench '$(CONVERT)' -benchtime 1x -timeout 120m ./convert
+	go test -run '^$$' -bench '$(BENCH)' -benchtime 1x -timeout 120m ./integration
 
 fuzz: ## each fuzz target for FUZZTIME (30s)
 	@grep -rlE --include='*_test.go' '^func Fuzz' . | xargs -n1 dirname | sort -u | while read -r dir; do \

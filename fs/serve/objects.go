@@ -3,19 +3,14 @@ package serve
 import (
 	"context"
 	"encoding/hex"
-	"errors"
 	"io"
 	"log/slog"
-	"time"
 
 	"github.com/hanwen/go-fuse/v2/fuse"
 
 	"lazuli/fs/fetch"
 	"lazuli/fs/store"
 )
-
-// unixEpoch is a time that has passed.
-var unixEpoch = time.Unix(1, 0)
 
 // Node ids: 1 is the root, firstDir to firstDir+255 the folders "00" to "ff", and objects have the upper bit set.
 const firstDir = 2
@@ -84,7 +79,17 @@ func (o *objects) GetAttr(_ <-chan struct{}, in *fuse.GetAttrIn, out *fuse.AttrO
 }
 
 func (o *objects) Read(cancel <-chan struct{}, in *fuse.ReadIn, p []byte) (fuse.ReadResult, fuse.Status) {
-	n, err := o.read(interruptible{context.Background(), cancel}, in.NodeId, p, int64(in.Offset))
+	signalled := interruptible{context.Background(), cancel}
+	n, err := o.read(signalled, in.NodeId, p, int64(in.Offset))
+	if err != nil && signalled.Err() != nil {
+		// A signal came. Reads of files do not fail with EINTR, and a page fault that does is a SIGBUS: only
+		// who is about to die goes without an answer.
+		ctx, cancel := untilDead(in.Pid)
+		defer cancel()
+		if n, err = o.read(ctx, in.NodeId, p, int64(in.Offset)); err != nil && ctx.Err() != nil {
+			return nil, fuse.EINTR
+		}
+	}
 	if err != nil {
 		return nil, o.status(err)
 	}
@@ -107,15 +112,21 @@ func (o *objects) read(ctx context.Context, id uint64, p []byte, off int64) (int
 // status is the one place where an error becomes an errno. What the reader of a file sees says nothing, so it
 // is logged.
 func (o *objects) status(err error) fuse.Status {
-	if errors.Is(err, context.Canceled) {
-		return fuse.EINTR
-	}
 	o.log.Error("read failed", "err", err)
 	return fuse.EIO
 }
 
 func (o *objects) StatFs(_ <-chan struct{}, _ *fuse.InHeader, out *fuse.StatfsOut) fuse.Status {
 	out.Bsize, out.Frsize, out.NameLen = 4096, 4096, 255
+	return fuse.OK
+}
+
+// A directory shows nothing: objects are looked up by name.
+func (o *objects) ReadDir(<-chan struct{}, *fuse.ReadIn, *fuse.DirEntryList) fuse.Status {
+	return fuse.OK
+}
+
+func (o *objects) ReadDirPlus(<-chan struct{}, *fuse.ReadIn, *fuse.DirEntryList) fuse.Status {
 	return fuse.OK
 }
 

@@ -24,9 +24,12 @@ import (
 	"io"
 	"log"
 	"log/slog"
+	"math/bits"
 	"os"
+	"strconv"
 	"sync"
 	"syscall"
+	"time"
 
 	"github.com/hanwen/go-fuse/v2/fuse"
 	"golang.org/x/sys/unix"
@@ -46,7 +49,9 @@ const (
 
 // A Server answers the requests of one FUSE mount.
 type Server struct {
-	file  *os.File
+	fd    int      // the connection; file owns it from serve on
+	file  *os.File // fd, once it is the server's
+	stop  *os.File // closed to wake loop
 	init  []byte
 	proto *fuse.ProtocolServer
 	log   *slog.Logger
@@ -71,12 +76,12 @@ func Mount(dir string, q *fetch.Queue, logger *slog.Logger) (*Server, error) {
 	init := make([]byte, requestBuffer)
 	n, err := unix.Read(fd, init)
 	if err == nil {
-		var s *Server
-		if s, err = newServer(fd, bytes.Clone(init[:n]), q, logger); err == nil {
-			if err = s.reply(s.answer(s.init)); err == nil {
-				s.serve()
-				return s, nil
-			}
+		s := newServer(fd, bytes.Clone(init[:n]), q, logger)
+		if err = s.respond(s.init); err == nil {
+			err = s.serve()
+		}
+		if err == nil {
+			return s, nil
 		}
 	}
 	unix.Unmount(dir, unix.MNT_DETACH)
@@ -88,32 +93,28 @@ func Mount(dir string, q *fetch.Queue, logger *slog.Logger) (*Server, error) {
 // connection, which the new server owns, and its first request. Requests that the old server took and did not answer
 // are answered by the new one. On an error fd is still open.
 func Resume(fd int, init []byte, q *fetch.Queue, logger *slog.Logger) (*Server, error) {
-	s, err := newServer(fd, init, q, logger)
-	if err != nil {
-		return nil, fmt.Errorf("resume FUSE: INIT: %w", err)
-	}
-	s.answer(init) // teaches the protocol what was agreed; the kernel has its answer
+	s := newServer(fd, init, q, logger)
+	s.proto.HandleRequest([][]byte{init}, [][]byte{make([]byte, smallAnswer)}) // teaches it what was agreed; the kernel has its answer
 	// struct fuse_out_header: a notification has unique 0 and its code in place of the error.
 	const notifyResend = 7
 	var resend [16]byte
 	binary.NativeEndian.PutUint32(resend[0:], uint32(len(resend)))
 	binary.NativeEndian.PutUint32(resend[4:], notifyResend)
-	if err := s.reply(resend[:]); err != nil {
+	if _, err := unix.Write(fd, resend[:]); err != nil {
 		return nil, fmt.Errorf("resume FUSE: NOTIFY_RESEND: %w", err)
 	}
-	s.serve()
+	if err := s.serve(); err != nil {
+		return nil, fmt.Errorf("resume FUSE: %w", err)
+	}
 	return s, nil
 }
 
-func newServer(fd int, init []byte, q *fetch.Queue, logger *slog.Logger) (*Server, error) {
+func newServer(fd int, init []byte, q *fetch.Queue, logger *slog.Logger) *Server {
 	if logger == nil {
 		logger = slog.New(slog.DiscardHandler)
 	}
-	if err := unix.SetNonblock(fd, true); err != nil { // so that reads go through the runtime's poller
-		return nil, err
-	}
 	return &Server{
-		file: os.NewFile(uintptr(fd), "/dev/fuse"),
+		fd:   fd,
 		init: init,
 		proto: fuse.NewProtocolServer(&objects{fuse.NewDefaultRawFileSystem(), q, logger}, &fuse.MountOptions{
 			MaxWrite:                 maxRead,
@@ -126,7 +127,7 @@ func newServer(fd int, init []byte, q *fetch.Queue, logger *slog.Logger) (*Serve
 		}),
 		log:  logger,
 		done: make(chan struct{}),
-	}, nil
+	}
 }
 
 // File is the connection's descriptor. It belongs to the server; a copy of it, and [Server.Init], outlive the server.
@@ -144,85 +145,152 @@ func (s *Server) Wait() error {
 // Stop ends the server without an unmount, after the requests that it took were answered; the mount waits for
 // another one.
 func (s *Server) Stop() error {
-	s.file.SetReadDeadline(unixEpoch)
+	s.stop.Close()
 	return s.Wait()
 }
 
-func (s *Server) serve() { go s.loop() }
+// serve begins to answer. Without an error fd belongs to the server's file; with one nobody has touched it.
+//
+// The runtime's poller must not know fd: it would hold the lock of its epoll instance while the kernel asks this server
+// whether a file of its own, opened in this process, can be polled.
+func (s *Server) serve() error {
+	woken, stop, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	unix.SetNonblock(s.fd, false) // or NewFile tells the poller
+	s.file, s.stop = os.NewFile(uintptr(s.fd), "/dev/fuse"), stop
+	unix.SetNonblock(s.fd, true)
+	go s.loop(woken)
+	return nil
+}
+
+// next reads a request into buf. io.EOF says that there will be none: the mount is gone, or the server is to stop.
+func (s *Server) next(buf []byte, woken int) (int, error) {
+	for {
+		n, err := unix.Read(s.fd, buf)
+		switch err {
+		case nil:
+			return n, nil
+		case unix.ENODEV:
+			return 0, io.EOF
+		case unix.ENOENT, unix.EINTR: // the request was interrupted before we could read it
+			continue
+		case unix.EAGAIN:
+		default:
+			return 0, fmt.Errorf("FUSE: %w", err)
+		}
+		wait := []unix.PollFd{{Fd: int32(s.fd), Events: unix.POLLIN}, {Fd: int32(woken)}}
+		if _, err := unix.Poll(wait, -1); err != nil && err != unix.EINTR {
+			return 0, fmt.Errorf("FUSE: %w", err)
+		}
+		if wait[1].Revents != 0 {
+			return 0, io.EOF
+		}
+	}
+}
 
 // loop reads requests until the connection ends and answers each in a goroutine of its own: a READ may wait for the network.
-func (s *Server) loop() {
+func (s *Server) loop(woken *os.File) {
 	var answering sync.WaitGroup
 	defer close(s.done)
 	defer s.file.Close()
 	defer answering.Wait()
+	defer woken.Close()
+	defer s.stop.Close()
 	buf := make([]byte, requestBuffer)
+	fd := int(woken.Fd())
 	for {
-		n, err := s.file.Read(buf)
-		switch {
-		case err == nil:
-		case errors.Is(err, syscall.ENOENT), errors.Is(err, syscall.EINTR):
-			continue // the request was interrupted before we could read it
-		case errors.Is(err, syscall.ENODEV), errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, io.EOF):
+		n, err := s.next(buf, fd)
+		if err == io.EOF {
 			return
-		default:
-			if !s.gone() {
-				s.err = fmt.Errorf("FUSE: %w", err)
-			}
+		}
+		if err != nil {
+			s.err = err
 			return
 		}
 		request := bytes.Clone(buf[:n])
 		answering.Go(func() {
-			answer := s.answer(request)
-			if answer == nil {
-				return
-			}
-			if err := s.reply(answer); err != nil && !errors.Is(err, syscall.ENOENT) && !errors.Is(err, syscall.ENODEV) {
+			if err := s.respond(request); err != nil && !errors.Is(err, syscall.ENOENT) && !errors.Is(err, syscall.ENODEV) {
 				s.log.Error("FUSE: the kernel did not take an answer", "err", err)
 			}
-			buffers.Put(&answer)
 		})
 	}
 }
 
-// gone reports whether the mount is. The runtime's poller says of a dead connection only that it cannot be polled.
-func (s *Server) gone() bool {
-	conn, err := s.file.SyscallConn()
-	if err != nil {
-		return true
-	}
-	conn.Control(func(fd uintptr) { _, err = unix.Read(int(fd), make([]byte, requestBuffer)) })
-	return errors.Is(err, syscall.ENODEV)
-}
-
-// answer returns the answer to a request, or nil if there is none to give.
-func (s *Server) answer(request []byte) []byte {
-	p := buffers.Get().(*[]byte)
-	out := (*p)[:cap(*p)]
-	n, _ := s.proto.HandleRequest([][]byte{request}, [][]byte{out})
-	if n == 0 {
-		buffers.Put(p)
+// respond answers a request, if there is an answer to give. ENOENT says that nobody waits for it any more.
+func (s *Server) respond(request []byte) error {
+	out := buffers.get(answerSize(request))
+	defer buffers.put(out)
+	n, status := s.proto.HandleRequest([][]byte{request}, [][]byte{out})
+	if n == 0 && status.Ok() {
 		return nil
 	}
-	return out[:n]
+	if n == 0 { // not understood; whoever asked must not wait for ever
+		// struct fuse_out_header: length, error, unique; the request's unique is at byte 8.
+		n = 16
+		binary.NativeEndian.PutUint32(out[0:], uint32(n))
+		binary.NativeEndian.PutUint32(out[4:], ^uint32(syscall.EIO)+1) // two's complement
+		copy(out[8:n], request[8:16])
+	}
+	// Writing never waits. loop closes the file after the last answer.
+	_, err := unix.Write(s.fd, out[:n])
+	return err
 }
 
-func (s *Server) reply(answer []byte) error {
-	conn, err := s.file.SyscallConn()
-	if err != nil {
-		return err
+// smallAnswer is more than any answer takes whose size the request does not say.
+const smallAnswer = 4096
+
+// answerSize returns how many bytes the answer to a request may have.
+func answerSize(request []byte) int {
+	// struct fuse_in_header is 40 bytes, its opcode at byte 4. READ, READDIR and READDIRPLUS have the size at byte 16 of
+	// fuse_read_in, GETXATTR and LISTXATTR at byte 0 of fuse_getxattr_in.
+	const header = 40
+	at := 0
+	switch opcode := binary.NativeEndian.Uint32(request[4:]); opcode {
+	case 15, 28, 44:
+		at = header + 16
+	case 22, 23:
+		at = header
 	}
-	var writeErr error
-	if err := conn.Control(func(fd uintptr) { _, writeErr = unix.Write(int(fd), answer) }); err != nil {
-		return err
+	if at == 0 || len(request) < at+4 {
+		return smallAnswer
 	}
-	return writeErr
+	return smallAnswer + int(min(binary.NativeEndian.Uint32(request[at:]), maxRead))
 }
 
-// buffers are for answers.
-var buffers = sync.Pool{New: func() any { b := make([]byte, requestBuffer); return &b }}
+// A bufferPool lends buffers for answers of smallAnswer bytes and up to 0, 4 KiB, 8 KiB … maxRead more: a READ that waits for the
+// network holds one.
+type bufferPool [10]sync.Pool
 
-// An interruptible is a context that ends when the kernel says that the reader is gone.
+var buffers bufferPool
+
+// class returns which pool has buffers of n bytes, and how large those are.
+func (b *bufferPool) class(n int) (pool, size int) {
+	pool = bits.Len(uint((n - smallAnswer + 4095) / 4096))
+	if pool > 0 && (n-smallAnswer+4095)/4096 == 1<<(pool-1) {
+		return pool, smallAnswer + 4096<<(pool-1)
+	}
+	if pool == 0 {
+		return 0, smallAnswer
+	}
+	return pool + 1, smallAnswer + 4096<<pool
+}
+
+func (b *bufferPool) get(n int) []byte {
+	pool, size := b.class(n)
+	if p, _ := b[pool].Get().(*[]byte); p != nil {
+		return *p
+	}
+	return make([]byte, size)
+}
+
+func (b *bufferPool) put(p []byte) {
+	pool, _ := b.class(len(p))
+	b[pool].Put(&p)
+}
+
+// An interruptible is a context that ends when the kernel says that a signal came for the reader.
 type interruptible struct {
 	context.Context
 	cancel <-chan struct{}
@@ -237,4 +305,36 @@ func (c interruptible) Err() error {
 	default:
 		return nil
 	}
+}
+
+// untilDead returns a context that ends when the thread pid is gone or has a fatal signal.
+func untilDead(pid uint32) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancel(context.Background())
+	go func() { // ends with ctx
+		// The kernel tells of the first signal only.
+		tick := time.NewTicker(20 * time.Millisecond)
+		defer tick.Stop()
+		for !dying(pid) {
+			select {
+			case <-tick.C:
+			case <-ctx.Done():
+				return
+			}
+		}
+		cancel()
+	}()
+	return ctx, cancel
+}
+
+// dying reports whether a thread is gone or about to be: the kernel makes every fatal signal a SIGKILL that is
+// pending for each thread (kernel/signal.c, complete_signal).
+func dying(pid uint32) bool {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		return true
+	}
+	_, rest, _ := bytes.Cut(b, []byte("\nSigPnd:"))
+	mask, _, _ := bytes.Cut(rest, []byte("\n"))
+	pending, err := strconv.ParseUint(string(bytes.TrimSpace(mask)), 16, 64)
+	return err != nil || pending&(1<<(uint(syscall.SIGKILL)-1)) != 0
 }

@@ -20,7 +20,7 @@ const forever = 1 << 32
 
 // objects is the file system of a [Server].
 type objects struct {
-	fuse.RawFileSystem // ENOSYS for all that is not here
+	fuse.RawFileSystem // for what the kernel does not ask, or once
 	q                  *fetch.Queue
 	log                *slog.Logger
 }
@@ -120,6 +120,12 @@ func (o *objects) StatFs(_ <-chan struct{}, _ *fuse.InHeader, out *fuse.StatfsOu
 	out.Bsize, out.Frsize, out.NameLen = 4096, 4096, 255
 	return fuse.OK
 }
+
+// Open and Flush tell the kernel not to ask again. Files are opened and closed without us, their pages are kept, and
+// neither waits while no server runs. (go-fuse's default is to agree each time.)
+func (o *objects) Open(<-chan struct{}, *fuse.OpenIn, *fuse.OpenOut) fuse.Status { return fuse.ENOSYS }
+
+func (o *objects) Flush(<-chan struct{}, *fuse.FlushIn) fuse.Status { return fuse.ENOSYS }
 
 // A directory shows nothing: objects are looked up by name.
 func (o *objects) ReadDir(<-chan struct{}, *fuse.ReadIn, *fuse.DirEntryList) fuse.Status {

@@ -376,6 +376,31 @@ func TestStopResume(t *testing.T) {
 	}
 }
 
+// What is here is opened, read and closed without a server.
+func TestNoServer(t *testing.T) {
+	w := enter(t, makeLayer(2, func(i int) int { return 1000 + i }), 0)
+	w.want(0)
+	w.want(1)
+	keep, err := unix.FcntlInt(w.server.File().Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := w.server.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan struct{})
+	go func() { w.want(0); w.want(1); close(done) }()
+	select {
+	case <-done:
+	case <-time.After(10 * time.Second):
+		t.Error("waits for a server")
+	}
+	if w.server, err = Resume(keep, w.server.Init(), w.q, nil); err != nil {
+		t.Fatal(err)
+	}
+	<-done
+}
+
 // What Resume cannot use it leaves open.
 func TestResumeNothing(t *testing.T) {
 	if os.Getuid() != 0 {

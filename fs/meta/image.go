@@ -85,7 +85,7 @@ var metacopy = toc.Xattr{Name: "trusted.overlay.metacopy"}
 // redirectName is the xattr that tells overlayfs where: a path in the data-only layers.
 const (
 	redirectName = "trusted.overlay.redirect"
-	redirectSize = len("/ab/") + 2*sha256.Size - 2
+	redirectSize = len("/a/") + 2*sha256.Size - 1
 )
 
 // xattrSize returns the size of an entry in the image, in bytes.
@@ -464,10 +464,8 @@ func (t *Tree) writeXattrs(o *output, in *inode) {
 		o.u8(4)
 		o.u16(uint16(redirectSize))
 		o.s(redirectName[len("trusted."):])
-		o.u8('/')
-		o.buf = hex.AppendEncode(o.buf, k[:1])
-		o.u8('/')
-		o.buf = hex.AppendEncode(o.buf, k[1:])
+		name := hex.EncodeToString(k[:])
+		o.s("/" + name[:1] + "/" + name[1:])
 		o.pad(align(o.at(), 4))
 	}
 	for _, x := range inline {

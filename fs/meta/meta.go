@@ -7,7 +7,7 @@
 //
 // EROFS serves names, modes, owners, times, links and xattrs. A regular file has its size and one
 // large hole, and two xattrs for overlayfs: trusted.overlay.metacopy, empty, says that its data
-// is elsewhere, and trusted.overlay.redirect where: "/ab/cdef…" in the data-only layers behind
+// is elsewhere, and trusted.overlay.redirect where: "/a/bcdef…" in the data-only layers behind
 // "::", which is the object key in hexadecimal with a slash behind the first two digits.
 // Empty files have neither.
 //
@@ -63,7 +63,7 @@ import (
 
 // Version changes when the same layers give another metadata image than before, so
 // that one that was kept is not taken for one that would be made now.
-const Version = "lazuli-meta-1"
+const Version = "lazuli-meta-2"
 
 // Build writes the metadata image of the layers, the lowest first, to w, and says
 // what is in it. It is [Merge] and [Tree.WriteTo].

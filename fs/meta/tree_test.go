@@ -395,7 +395,7 @@ func build(t testing.TB, layers []*toc.TOC) []byte {
 // redirect returns the value of the xattr for an object.
 func redirect(key toc.Digest) string {
 	h := hex.EncodeToString(key[:])
-	return "/" + h[:2] + "/" + h[2:]
+	return "/" + h[:1] + "/" + h[1:]
 }
 
 // check builds the image of the layers and has every reader show it.

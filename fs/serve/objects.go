@@ -5,6 +5,7 @@ import (
 	"encoding/hex"
 	"io"
 	"log/slog"
+	"strings"
 
 	"github.com/hanwen/go-fuse/v2/fuse"
 
@@ -12,8 +13,12 @@ import (
 	"lazuli/fs/store"
 )
 
-// Node ids: 1 is the root, firstDir to firstDir+255 the folders "00" to "ff", and objects have the upper bit set.
-const firstDir = 2
+// Node ids: 1 is the root, firstDir and those behind it the folders, one for each of digits, and objects have the upper bit set.
+const (
+	digits    = "0123456789abcdef"
+	firstDir  = 2
+	objectIDs = 1 << 63
+)
 
 // forever is for how many seconds the kernel may believe what we say.
 const forever = 1 << 32
@@ -27,16 +32,13 @@ type objects struct {
 
 func (o *objects) Lookup(_ <-chan struct{}, in *fuse.InHeader, name string, out *fuse.EntryOut) fuse.Status {
 	// An object may come to be known later, so ENOENT is not to be remembered.
-	var key store.Key
+	folder := in.NodeId - firstDir
 	switch {
-	case in.NodeId == fuse.FUSE_ROOT_ID && len(name) == 2:
-		if _, err := hex.Decode(key[:1], []byte(name)); err != nil {
-			return fuse.ENOENT
-		}
-		return entry(out, firstDir+uint64(key[0]), 0)
-	case in.NodeId >= firstDir && in.NodeId < firstDir+256 && len(name) == 2*len(key)-2:
-		key[0] = byte(in.NodeId - firstDir)
-		if _, err := hex.Decode(key[1:], []byte(name)); err != nil {
+	case in.NodeId == fuse.FUSE_ROOT_ID && len(name) == 1 && strings.Contains(digits, name):
+		return entry(out, firstDir+uint64(strings.Index(digits, name)), 0)
+	case folder < uint64(len(digits)) && len(name) == 2*len(store.Key{})-1: // which the root is not: the difference is unsigned
+		var key store.Key
+		if _, err := hex.Decode(key[:], []byte(digits[folder:folder+1]+name)); err != nil {
 			return fuse.ENOENT
 		}
 		id, size, ok := o.q.Lookup(key)
@@ -56,7 +58,7 @@ func entry(out *fuse.EntryOut, id uint64, size int64) fuse.Status {
 
 func attributes(a *fuse.Attr, id uint64, size int64) {
 	a.Ino, a.Blksize = id, 4096
-	if id < firstDir+256 {
+	if id < objectIDs {
 		a.Mode, a.Nlink = fuse.S_IFDIR|0o555, 2
 		return
 	}
@@ -66,7 +68,7 @@ func attributes(a *fuse.Attr, id uint64, size int64) {
 
 func (o *objects) GetAttr(_ <-chan struct{}, in *fuse.GetAttrIn, out *fuse.AttrOut) fuse.Status {
 	out.AttrValid = forever
-	if in.NodeId < firstDir+256 {
+	if in.NodeId < objectIDs {
 		attributes(&out.Attr, in.NodeId, 0)
 		return fuse.OK
 	}

@@ -1,6 +1,6 @@
 // Package serve is FUSE: the file system that overlayfs asks for the bytes that are not here yet.
 //
-// A [Server] shows every object of a [fetch.Queue] as a file "ab/cdef…", the name that metadata
+// A [Server] shows every object of a [fetch.Queue] as a file "a/bcdef…", the name that metadata
 // images redirect to. It has four operations of its own: LOOKUP, GETATTR, READ and STATFS; OPEN is
 // answered with ENOSYS, after which the kernel does not ask any more, and nothing ever times out,
 // since an object never changes. A node id is computed from the object's key, so the server

@@ -5,7 +5,7 @@
 // object's key, and so nobody who reads from it ever asks. What comes out are plain
 // files under Objects, which overlayfs reads by itself.
 //
-//	objects/ab/cdef…   complete objects, named by their key, read-only
+//	objects/a/bcdef…   complete objects, named by their key, read-only
 //	partial/abcdef…    objects that are being fetched: a sparse file, and beside it
 //	partial/abcdef….in  which of its chunks are in
 //	layers/, meta/     what others keep beside the objects (see [Store.Path])
@@ -43,10 +43,15 @@ type Key [32]byte
 // String returns the key as 64 hexadecimal digits.
 func (k Key) String() string { return hex.EncodeToString(k[:]) }
 
-// Path returns the object's name below the objects folder, "ab/cdef…".
+// folders is how many folders objects are spread over, by the first digit of their keys: few, so that what a
+// start looks up is near together on a disk that was not read before, and enough for
+// 10^8 objects, where ext4's directories have room for 10^7 names.
+const folders = 16
+
+// Path returns the object's name below the objects folder, "a/bcdef…".
 func (k Key) Path() string {
 	s := k.String()
-	return s[:2] + "/" + s[2:]
+	return s[:1] + "/" + s[1:]
 }
 
 // A Store is one folder of objects.
@@ -76,8 +81,8 @@ func Open(dir string, log *slog.Logger) (*Store, error) {
 	if err := os.Chmod(filepath.Join(dir, "objects"), 0o755); err != nil {
 		return nil, fmt.Errorf("store: %w", err)
 	}
-	for i := range 256 {
-		if err := os.Mkdir(filepath.Join(dir, "objects", fmt.Sprintf("%02x", i)), 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+	for i := range folders {
+		if err := os.Mkdir(filepath.Join(dir, "objects", fmt.Sprintf("%x", i)), 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
 			return nil, fmt.Errorf("store: %w", err)
 		}
 	}
@@ -373,14 +378,14 @@ func (s *Store) Prune(keep func(Key) bool) (freed int64, err error) {
 		freed += st.Blocks * 512
 		return nil
 	}
-	for i := range 256 {
-		prefix := fmt.Sprintf("%02x", i)
+	for i := range folders {
+		prefix := fmt.Sprintf("%x", i)
 		entries, err := os.ReadDir(s.Path("objects", prefix))
 		if err != nil {
 			return freed, err
 		}
 		for _, e := range entries {
-			if len(e.Name()) != 2*len(Key{})-2 {
+			if len(e.Name()) != 2*len(Key{})-1 {
 				continue
 			}
 			if err := remove(filepath.Join("objects", prefix), e.Name(), prefix+e.Name()); err != nil {

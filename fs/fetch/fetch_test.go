@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"hash/crc32"
 	"io"
 	"math/rand/v2"
 	"os"
@@ -681,6 +682,8 @@ func TestDamagedTable(t *testing.T) {
 		// Of a chunk: digest, file offset, size, inner offset.
 		at := header + objects*object + rnd.IntN(chunks)*chunk + rnd.IntN(56)
 		bad[at] ^= 1 << rnd.IntN(8)
+		body := len(bad) - 4 // the checksum is made right, to see what stands behind it
+		le.PutUint32(bad[body:], crc32.Checksum(bad[:body], crc32.MakeTable(crc32.Castagnoli)))
 		s := *s
 		s.path = filepath.Join(t.TempDir(), "table")
 		if err := os.WriteFile(s.path, bad, 0o600); err != nil {

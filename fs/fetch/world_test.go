@@ -245,8 +245,6 @@ type world struct {
 	q     *Queue
 	layer *Layer
 	blob  *blob
-
-	tables []*toc.Table
 }
 
 // tempDir is a folder in memory, if there is such a thing: a busy disk takes seconds for an fsync.
@@ -275,9 +273,6 @@ func (s *sample) enterIn(t testing.TB, dir string) *world {
 		if err := errors.Join(w.q.Close(), st.Close()); err != nil {
 			t.Error(err)
 		}
-		for _, table := range w.tables {
-			table.Close()
-		}
 		if n := len(w.q.flights); n > 0 {
 			t.Errorf("%d flights never ended", n)
 		}
@@ -304,7 +299,6 @@ func (w *world) add(s *sample, name string) (*Layer, *blob) {
 	if err := w.q.Add(l); err != nil {
 		w.t.Fatal(err)
 	}
-	w.tables = append(w.tables, table)
 	return l, b
 }
 

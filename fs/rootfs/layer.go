@@ -9,8 +9,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
-	"path/filepath"
 	"strings"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -31,6 +31,7 @@ type layer struct {
 	id      string
 	promise toc.Promise
 	why     error // why the layer is not lazy, or nil
+	table   *toc.Table
 }
 
 // newLayer decides from a layer's descriptor whether it is lazy. What its TOC says may change that.
@@ -238,28 +239,30 @@ func reason(err error) string {
 
 func megabytes(n int64) string { return fmt.Sprintf("%.1f MB", float64(n)/1e6) }
 
-// table returns the layer's chunk table, which is made from t if the store has none.
-func (l *layer) table(n *Node, t func() (*toc.TOC, error)) (*toc.Table, error) {
-	path := n.store.Path("layers", l.id, "table")
-	table, err := toc.OpenTable(path)
-	if err == nil {
-		return table, nil
+// openTable looks for the layer's chunk table in the store.
+func (l *layer) openTable(n *Node) bool {
+	var err error
+	l.table, err = toc.OpenTable(n.store.Path("layers", l.id, "table"))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		n.log.Warn("a chunk table in the store cannot be used; it is made again", "err", err)
 	}
-	parsed, err := t()
+	return err == nil
+}
+
+// makeTable makes the layer's chunk table from its TOC, and keeps it in the store.
+func (l *layer) makeTable(n *Node, t *toc.TOC) error {
+	b, err := toc.MarshalTable(t)
 	if err != nil {
-		return nil, err
+		return fmt.Errorf("%s: toc: %w", l.name(), err)
 	}
-	b, err := toc.MarshalTable(parsed)
-	if err != nil {
-		return nil, fmt.Errorf("%s: toc: %w", l.name(), err)
-	}
-	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
-		return nil, err
+	if err := os.MkdirAll(n.store.Path("layers", l.id), 0o700); err != nil {
+		return err
 	}
 	if err := n.store.WriteFile(write(b), "layers", l.id, "table"); err != nil {
-		return nil, err
+		return err
 	}
-	return toc.OpenTable(path)
+	l.table, err = toc.OpenTable(n.store.Path("layers", l.id, "table"))
+	return err
 }
 
 func write(b []byte) func(*os.File) error {
@@ -267,10 +270,10 @@ func write(b []byte) func(*os.File) error {
 }
 
 // source returns the layer as the fetcher wants it.
-func (l *layer) source(n *Node, table *toc.Table, o *MountOptions) *fetch.Layer {
+func (l *layer) source(n *Node, o *MountOptions) *fetch.Layer {
 	return &fetch.Layer{
 		Name:  l.name(),
-		Table: table,
+		Table: l.table,
 		Blob:  l.Blob,
 		Whole: func(ctx context.Context) error { _, err := l.unpack(ctx, n, o); return err },
 	}
@@ -282,7 +285,6 @@ func (n *Node) objectsOf(id string, f func(key store.Key, size int64) bool) erro
 	if err != nil {
 		return err
 	}
-	defer table.Close()
 	for i := range table.Len() {
 		if o := table.At(i); !f(store.Key(o.Key), o.Size) {
 			break

@@ -346,11 +346,12 @@ func (r *Rootfs) resolve(ctx context.Context, ref remote.Reference, o MountOptio
 		}
 		r.layers = append(r.layers, x)
 	}
-	tocs := make([]*toc.TOC, len(r.layers))
+	var tocs []*toc.TOC // stays nil if nothing has to be made of them
 	group, gctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return r.readConfig(gctx) })
 	// A metadata image that is here needs no tables of contents, only the layers' chunk tables.
 	if !r.known() {
+		tocs = make([]*toc.TOC, len(r.layers))
 		for i, l := range r.layers {
 			group.Go(func() (err error) {
 				tocs[i], err = l.open(gctx, n, &o)
@@ -363,7 +364,10 @@ func (r *Rootfs) resolve(ctx context.Context, ref remote.Reference, o MountOptio
 	}
 	for i, l := range r.layers {
 		l.diffID = r.Config.RootFS.DiffIDs[i]
-		if t := tocs[i]; t != nil && t.Compression == toc.Whole && t.Digest.String() != l.diffID.String() {
+		if tocs == nil {
+			continue
+		}
+		if t := tocs[i]; t.Compression == toc.Whole && t.Digest.String() != l.diffID.String() {
 			return "", fmt.Errorf("%v: %s: its tar's digest is %v, but the image's config says %v", ref, l.name(), t.Digest, l.diffID)
 		}
 	}
@@ -400,24 +404,26 @@ func (r *Rootfs) chain() string {
 
 // known reports whether the store has everything that a mount of the image needs, bytes of files aside.
 func (r *Rootfs) known() bool {
-	need := []string{r.n.store.Path("meta", r.chain()+".erofs")}
-	for _, l := range r.layers {
-		need = append(need, r.n.store.Path("layers", l.id, "table"))
+	if _, err := os.Stat(r.metaImage()); err != nil {
+		return false
 	}
-	for _, path := range need {
-		if _, err := os.Stat(path); err != nil {
+	for _, l := range r.layers {
+		if !l.openTable(r.n) {
 			return false
 		}
 	}
 	return true
 }
 
-// build makes the metadata image and the chunk tables, or finds them in the store, and gives the layers to the fetcher.
+// metaImage is where the metadata image of the layers lies in the store.
+func (r *Rootfs) metaImage() string { return r.n.store.Path("meta", r.chain()+".erofs") }
+
+// build makes the metadata image and the chunk tables, unless they are known, and gives the layers to the fetcher.
 func (r *Rootfs) build(ref remote.Reference, tocs []*toc.TOC, o *MountOptions) (string, error) {
 	n := r.n
-	path := n.store.Path("meta", r.chain()+".erofs")
-	var group errgroup.Group
-	if _, err := os.Stat(path); err != nil {
+	path := r.metaImage()
+	if tocs != nil {
+		var group errgroup.Group
 		group.Go(func() error {
 			err := n.store.WriteFile(func(f *os.File) error { _, err := meta.Build(f, tocs); return err }, "meta", filepath.Base(path))
 			if e := (*meta.LayerError)(nil); errors.As(err, &e) {
@@ -425,38 +431,24 @@ func (r *Rootfs) build(ref remote.Reference, tocs []*toc.TOC, o *MountOptions) (
 			}
 			return err
 		})
-	}
-	sources := make([]*fetch.Layer, len(r.layers))
-	for i, l := range r.layers {
-		group.Go(func() error {
-			table, err := l.table(n, func() (*toc.TOC, error) {
-				if tocs[i] == nil {
-					return nil, fmt.Errorf("%s: its chunk table went away: try again", l.name())
+		for i, l := range r.layers {
+			group.Go(func() error {
+				if l.openTable(n) {
+					return nil
 				}
-				return tocs[i], nil
+				return l.makeTable(n, tocs[i])
 			})
-			if err != nil {
-				return err
-			}
-			sources[i] = l.source(n, table, o)
-			return nil
-		})
-	}
-	err := group.Wait()
-	for _, s := range sources {
-		if s == nil {
-			continue
 		}
-		if err == nil {
-			if err = n.queue.Add(s); err == nil {
-				r.queued = append(r.queued, s)
-				continue
-			}
+		if err := group.Wait(); err != nil {
+			return "", err
 		}
-		s.Table.Close()
 	}
-	if err != nil {
-		return "", err
+	for _, l := range r.layers {
+		s := l.source(n, o)
+		if err := n.queue.Add(s); err != nil {
+			return "", err
+		}
+		r.queued = append(r.queued, s)
 	}
 	r.record = Record{
 		Reference: ref.String(), Digest: r.Image.Digest.String(), Chain: r.chain(), Used: time.Now().UTC(),

@@ -5,8 +5,10 @@ import (
 	"cmp"
 	"encoding/binary"
 	"fmt"
+	"hash/crc32"
 	"math"
 	"os"
+	"runtime"
 	"slices"
 	"sort"
 
@@ -18,28 +20,30 @@ import (
 // searched there: nothing is parsed when a layer is mounted again, and a mounted layer costs
 // page cache but no heap.
 //
-// The file is little endian: a header of 64 bytes, then four arrays.
+// The file is little endian: a header of 64 bytes, four arrays, and the checksum.
 //
 //	objects   48 bytes each, in the order of their keys, no key twice
 //	chunks    64 bytes each, those of one object together and in order
 //	members   16 bytes each, in the order of the blob
 //	refs       8 bytes each: the chunks of each member, in the order of the member
 //
-// A Table may be used by several goroutines.
+// A file that was damaged is not opened: it ends in a checksum of all that is before.
+//
+// A Table may be used by several goroutines. It is unmapped when nothing refers to it, or to one of its objects, any more.
 type Table struct {
-	data                          []byte
 	objects, chunks, members, ref []byte
 	compression                   Compression
 	dataEnd                       int64
 }
 
 const (
-	tableMagic  = "LZTABLE2"
+	tableMagic  = "LZTABLE3"
 	tableHeader = 64
 	objectSize  = 48 // key 32, size 8, first chunk 4, number of chunks 4
 	chunkSize   = 64 // digest 32, file offset 8, size 8, inner 8, member 4, flags 4
 	memberSize  = 16 // offset 8, first ref 4, number of refs 4
 	refSize     = 8  // object 4, chunk of the object 4
+	sumSize     = 4  // CRC-32C of the file before it
 
 	noMember = math.MaxUint32 // a hole's member, and every chunk's in a Whole layer
 )
@@ -158,6 +162,7 @@ func MarshalTable(t *TOC) ([]byte, error) {
 		b = le.AppendUint32(b, r.object)
 		b = le.AppendUint32(b, r.chunk)
 	}
+	b = append(b, make([]byte, sumSize)...)
 	copy(b, tableMagic)
 	le.PutUint32(b[8:], uint32(t.Compression))
 	le.PutUint32(b[12:], uint32(len(objects)))
@@ -165,11 +170,14 @@ func MarshalTable(t *TOC) ([]byte, error) {
 	le.PutUint32(b[20:], uint32(len(starts)))
 	le.PutUint32(b[24:], uint32(len(refs)))
 	le.PutUint64(b[32:], uint64(t.DataEnd))
+	le.PutUint32(b[len(b)-sumSize:], crc32.Checksum(b[:len(b)-sumSize], castagnoli))
 	return b, nil
 }
 
-// OpenTable maps the file at path, which [MarshalTable] made. The caller closes the table when
-// none of its objects is used any more.
+// castagnoli is the polynomial that processors have an instruction for.
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
+// OpenTable maps the file at path, which [MarshalTable] made. The error says if it is damaged.
 func OpenTable(path string) (*Table, error) {
 	f, err := os.Open(path)
 	if err != nil {
@@ -180,7 +188,7 @@ func OpenTable(path string) (*Table, error) {
 	if err != nil {
 		return nil, err
 	}
-	if fi.Size() < tableHeader || fi.Size() > math.MaxInt32*8 {
+	if fi.Size() < tableHeader+sumSize || fi.Size() > math.MaxInt32*8 {
 		return nil, fmt.Errorf("%s: not a chunk table", path)
 	}
 	data, err := unix.Mmap(int(f.Fd()), 0, int(fi.Size()), unix.PROT_READ, unix.MAP_SHARED)
@@ -192,31 +200,33 @@ func OpenTable(path string) (*Table, error) {
 		unix.Munmap(data)
 		return nil, fmt.Errorf("%s: %w", path, err)
 	}
+	runtime.AddCleanup(t, func(data []byte) { unix.Munmap(data) }, data)
 	return t, nil
 }
 
 func newTable(data []byte) (*Table, error) {
-	if len(data) < tableHeader || string(data[:8]) != tableMagic {
+	if len(data) < tableHeader+sumSize || string(data[:8]) != tableMagic {
 		return nil, fmt.Errorf("not a chunk table")
 	}
 	le := binary.LittleEndian
-	t := &Table{data: data, compression: Compression(le.Uint32(data[8:])), dataEnd: int64(le.Uint64(data[32:]))}
-	rest := data[tableHeader:]
+	end := len(data) - sumSize
+	if crc32.Checksum(data[:end], castagnoli) != le.Uint32(data[end:]) {
+		return nil, fmt.Errorf("the chunk table is damaged")
+	}
+	t := &Table{compression: Compression(le.Uint32(data[8:])), dataEnd: int64(le.Uint64(data[32:]))}
+	rest := data[tableHeader:end]
 	for i, part := range []*[]byte{&t.objects, &t.chunks, &t.members, &t.ref} {
 		n := uint64(le.Uint32(data[12+4*i:])) * [...]uint64{objectSize, chunkSize, memberSize, refSize}[i]
 		if n > uint64(len(rest)) {
-			return nil, fmt.Errorf("chunk table is truncated")
+			return nil, fmt.Errorf("the chunk table is truncated")
 		}
 		*part, rest = rest[:n], rest[n:]
 	}
 	if len(rest) != 0 {
-		return nil, fmt.Errorf("chunk table has %d bytes too many", len(rest))
+		return nil, fmt.Errorf("the chunk table has %d bytes too many", len(rest))
 	}
 	return t, nil
 }
-
-// Close unmaps the table. Its objects must not be used afterwards.
-func (t *Table) Close() error { return unix.Munmap(t.data) }
 
 // Compression says how the layer's members are compressed.
 func (t *Table) Compression() Compression { return t.compression }
@@ -226,6 +236,7 @@ func (t *Table) Len() int { return len(t.objects) / objectSize }
 
 // At returns object i in the order of the keys, 0 ≤ i < Len().
 func (t *Table) At(i int) Object {
+	defer runtime.KeepAlive(t) // a cleanup unmaps what its fields point to; so below
 	b := t.objects[i*objectSize:][:objectSize]
 	le := binary.LittleEndian
 	return Object{
@@ -236,6 +247,7 @@ func (t *Table) At(i int) Object {
 
 // Find returns the object with the given key.
 func (t *Table) Find(key Digest) (Object, bool) {
+	defer runtime.KeepAlive(t)
 	i := sort.Search(t.Len(), func(i int) bool {
 		return bytes.Compare(t.objects[i*objectSize:][:32], key[:]) >= 0
 	})
@@ -248,6 +260,7 @@ func (t *Table) Find(key Digest) (Object, bool) {
 // FindPrefix returns the first object whose key, as a number of 256 bits, begins with the upper n bits of
 // prefix, 1 ≤ n ≤ 64.
 func (t *Table) FindPrefix(prefix uint64, n int) (Object, bool) {
+	defer runtime.KeepAlive(t)
 	shift := 64 - n
 	head := func(i int) uint64 { return binary.BigEndian.Uint64(t.objects[i*objectSize:]) >> shift }
 	i := sort.Search(t.Len(), func(i int) bool { return head(i) >= prefix>>shift })
@@ -263,6 +276,7 @@ func (t *Table) NumMembers() int { return len(t.members) / memberSize }
 // Member returns the span of member m: where it begins and where the next one
 // begins at the latest, in bytes of the blob.
 func (t *Table) Member(m int) (start, end int64) {
+	defer runtime.KeepAlive(t)
 	start = int64(binary.LittleEndian.Uint64(t.members[m*memberSize:]))
 	if m+1 < t.NumMembers() {
 		return start, int64(binary.LittleEndian.Uint64(t.members[(m+1)*memberSize:]))
@@ -273,6 +287,7 @@ func (t *Table) Member(m int) (start, end int64) {
 // MemberRefs returns the chunks in member m, in the order in which they lie in it. A chunk
 // whose object has an earlier copy elsewhere in the layer is not among them.
 func (t *Table) MemberRefs(m int) []Ref {
+	defer runtime.KeepAlive(t)
 	b := t.members[m*memberSize:][:memberSize]
 	first, n := binary.LittleEndian.Uint32(b[8:]), binary.LittleEndian.Uint32(b[12:])
 	refs := make([]Ref, n)
@@ -289,6 +304,7 @@ func (o Object) NumChunks() int { return int(o.n) }
 // Chunk returns chunk i of o, 0 ≤ i < NumChunks(), and the number of the member that holds it, or -1
 // if none does.
 func (o Object) Chunk(i int) (Chunk, int) {
+	defer runtime.KeepAlive(o.t)
 	b := o.t.chunks[(int(o.first)+i)*chunkSize:][:chunkSize]
 	le := binary.LittleEndian
 	c := Chunk{
@@ -308,6 +324,7 @@ func (o Object) Chunk(i int) (Chunk, int) {
 
 // ChunkAt returns the number of the chunk that holds byte off of the file, 0 ≤ off < o.Size.
 func (o Object) ChunkAt(off int64) int {
+	defer runtime.KeepAlive(o.t)
 	return sort.Search(int(o.n), func(i int) bool {
 		b := o.t.chunks[(int(o.first)+i)*chunkSize:][:chunkSize]
 		return int64(binary.LittleEndian.Uint64(b[32:])) > off

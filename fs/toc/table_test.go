@@ -47,7 +47,6 @@ func TestTable(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer table.Close()
 	if table.Len() != 3 || table.NumMembers() != 4 {
 		t.Fatalf("%d objects in %d members, want 3 in 4", table.Len(), table.NumMembers())
 	}
@@ -109,20 +108,11 @@ func TestTableDamaged(t *testing.T) {
 			t.Fatalf("a table cut to %d of %d bytes was opened", n, len(whole))
 		}
 	}
-	// A flipped bit in a digest makes an object that does not verify.
-	bad := append([]byte(nil), whole...)
-	bad[tableHeader+3*objectSize] ^= 1
-	table, err := newTable(bad)
-	if err != nil {
-		t.Fatal(err)
-	}
-	verified := 0
-	for i := range table.Len() {
-		if table.At(i).Verify() {
-			verified++
+	for i := range whole {
+		bad := append([]byte(nil), whole...)
+		bad[i] ^= 1
+		if _, err := newTable(bad); err == nil {
+			t.Fatalf("a table with a flipped bit in byte %d of %d was opened", i, len(whole))
 		}
-	}
-	if verified != 2 {
-		t.Errorf("%d of 3 objects verify, want 2", verified)
 	}
 }

@@ -8,7 +8,7 @@
 // EROFS serves names, modes, owners, times, links and xattrs. A regular file has its size and one
 // large hole, and two xattrs for overlayfs: trusted.overlay.metacopy, empty, says that its data
 // is elsewhere, and trusted.overlay.redirect where: "/a/bcdef…" in the data-only layers behind
-// "::", which is the object key in hexadecimal with a slash behind the first two digits.
+// "::", which is the object key in hexadecimal with a slash behind the first digit.
 // Empty files have neither.
 //
 // # Merging

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"hash/crc32"
 	"io"
+	"log/slog"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -497,6 +498,31 @@ func TestRemove(t *testing.T) {
 			t.Errorf("opened from no layer: %v", err)
 		}
 		o.Close()
+	})
+}
+
+// What is on its way when the last image that has it goes is no fault of the store's, and nothing to warn of.
+func TestRemoveUnderway(t *testing.T) {
+	s := build(t, many(40))
+	synctest.Test(t, func(t *testing.T) {
+		w := s.enter(t)
+		var log bytes.Buffer
+		w.q.log = slog.New(slog.NewTextHandler(&log, nil))
+		f := s.files[17]
+		start, _ := w.member(f.name)
+		o, _ := w.layer.Table.Find(toc.Digest(w.key(f.name)))
+		c, member := o.Chunk(0)
+		w.q.Remove(w.layer)
+		fl := &flight{id: memberID{w.layer, member}, refs: []toc.Ref{{Object: o}}}
+		if err := w.q.land(fl, bytes.NewReader(s.blob[start:])); err != nil {
+			t.Fatal(err)
+		}
+		if got := fl.chunk(w.key(f.name), 0); !bytes.Equal(got, f.data[:c.Size]) {
+			t.Error("a reader who waited does not get his bytes")
+		}
+		if log.Len() > 0 {
+			t.Errorf("logged: %s", &log)
+		}
 	})
 }
 

@@ -504,7 +504,9 @@ func (q *Queue) land(f *flight, r io.Reader) error {
 		if err := q.put(key, ref.Chunk, p); err != nil {
 			f.lost = err
 			f.keep(key, ref.Chunk, p)
-			q.fullStore(err)
+			if f.id.layer.ctx.Err() == nil { // else nobody has the object any more: its image was unmounted
+				q.fullStore(err)
+			}
 			continue
 		}
 		buffers.put(p)

@@ -5,9 +5,9 @@
 // OCI runtime configuration ([Config]), which an OCI runtime, runc or crun, runs
 // in the foreground until the process ends ([Run]). Nothing here knows where the
 // root's bytes come from: a lazy root and a plain directory are the same to it.
-// What it does itself reads names and modes, and of the files' bytes only
-// /etc/passwd and /etc/group, because each other byte would cost a cold
-// start a round trip.
+// What it does before the process starts reads names and modes, and of the
+// files' bytes only /etc/passwd and /etc/group, because each other byte would
+// cost a cold start a round trip.
 //
 // The root belongs to whoever built the image. Every path in it is resolved by
 // the kernel inside of it (openat2 with RESOLVE_IN_ROOT), so that no link in it
@@ -155,7 +155,7 @@ func Config(image *v1.ConfigFile, root string, o Options) (*specs.Spec, error) {
 		if h, err := os.Hostname(); err == nil {
 			hostname = h
 		}
-		for _, f := range []string{"/etc/resolv.conf", "/etc/hosts"} {
+		for _, f := range hostFiles {
 			// A read-only root that lacks the file cannot show the host's.
 			if _, err := os.Stat(f); err == nil && (!o.ReadOnly || r.exists(f)) {
 				mounts = append(mounts, bind(Bind{Source: f, Target: f, ReadOnly: true}))
@@ -204,6 +204,9 @@ func Config(image *v1.ConfigFile, root string, o Options) (*specs.Spec, error) {
 		},
 	}, nil
 }
+
+// hostFiles are shown to a container that shares the host's network.
+var hostFiles = []string{"/etc/resolv.conf", "/etc/hosts"}
 
 // environ joins the image's environment with the user's, which overrides it,
 // and adds what every process expects.

@@ -130,6 +130,15 @@ func (r *rootDir) user(spec string) (u specs.User, home string, err error) {
 // command reports why name cannot be run, as execvp would find out, if it is
 // certain. With binds it may come from there: then the runtime finds out.
 func (r *rootDir) command(name, dir, searchPath string, binds []Bind) error {
+	if len(binds) > 0 {
+		return nil
+	}
+	_, err := r.find(name, dir, searchPath)
+	return err
+}
+
+// find returns the file that execvp would take for name.
+func (r *rootDir) find(name, dir, searchPath string) (string, error) {
 	var candidates []string
 	if strings.Contains(name, "/") {
 		if !path.IsAbs(name) {
@@ -143,9 +152,6 @@ func (r *rootDir) command(name, dir, searchPath string, binds []Bind) error {
 			}
 			candidates = append(candidates, path.Join(d, name))
 		}
-	}
-	if len(binds) > 0 {
-		return nil
 	}
 	found := error(&StartError{Code: 127, Err: fmt.Errorf("command %q: not found in the image", name)})
 	if !strings.Contains(name, "/") {
@@ -162,10 +168,10 @@ func (r *rootDir) command(name, dir, searchPath string, binds []Bind) error {
 		case st.Mode&unix.S_IFMT != unix.S_IFREG || st.Mode&0o111 == 0:
 			found = &StartError{Code: 126, Err: fmt.Errorf("command %q: is not executable (mode %#o)", c, st.Mode&0o7777)}
 		default:
-			return nil
+			return c, nil
 		}
 	}
-	return found
+	return "", found
 }
 
 // checkReadOnly names the first mount point or directory that a root without a

@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
@@ -72,6 +73,7 @@ func Run(ctx context.Context, dir string, spec *specs.Spec, sio IO) (code int, e
 type bundle struct {
 	dir, id string
 	runtime string
+	spec    *specs.Spec
 	lock    *os.File
 }
 
@@ -86,7 +88,7 @@ func newBundle(parent, runtime string, spec *specs.Spec) (_ *bundle, err error) 
 	if err != nil {
 		return nil, err
 	}
-	b := &bundle{dir: dir, id: filepath.Base(dir), runtime: runtime}
+	b := &bundle{dir: dir, id: filepath.Base(dir), runtime: runtime, spec: spec}
 	defer func() {
 		if err != nil {
 			b.unlock()
@@ -153,14 +155,21 @@ func (b *bundle) run(ctx context.Context, sio IO) (int, error) {
 	close(done)
 
 	code := cmd.ProcessState.ExitCode()
-	if ws, ok := cmd.ProcessState.Sys().(unix.WaitStatus); ok && ws.Signaled() {
+	stopped := false // by a signal that we handed on before the runtime listened
+	if ws, ok := cmd.ProcessState.Sys().(syscall.WaitStatus); ok && ws.Signaled() {
 		code = 128 + int(ws.Signal())
+		stopped = ws.Signal() != unix.SIGKILL
 	}
 	if code != 0 {
 		if err := b.startError(); err != nil {
 			return 0, err
 		}
-		if b.pid() == 0 && ctx.Err() == nil {
+		if (code == 1 || code == 255) && b.pid() > 0 {
+			if err := unexecuted(b.spec); err != nil {
+				return 0, err
+			}
+		}
+		if b.pid() == 0 && ctx.Err() == nil && !stopped {
 			return 0, &StartError{Code: 125, Err: fmt.Errorf("%s ended with exit code %d before the process was started", filepath.Base(b.runtime), code)}
 		}
 	}

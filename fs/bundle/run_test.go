@@ -3,15 +3,18 @@ package bundle
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 
+	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 )
 
@@ -196,6 +199,94 @@ func TestRunCannotExecute(t *testing.T) {
 	var se *StartError
 	if !errors.As(err, &se) || se.Code != 127 {
 		t.Errorf("error %v, want a StartError with code 127", err)
+	}
+}
+
+// The kernel refuses what the runtime has set up: docker's exit codes, not the runtime's.
+func TestRunRefused(t *testing.T) {
+	root := busybox(t)
+	elf, err := os.ReadFile("/proc/self/exe")
+	if err != nil {
+		t.Fatal(err)
+	}
+	foreign := bytes.Clone(elf[:4096])
+	foreign[18], foreign[19] = 8, 0 // MIPS
+	if err := os.WriteFile(filepath.Join(root, "plain"), nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		name, content string
+		code          int
+		refused       bool
+	}{
+		{"garbage", "garbage", 126, true},
+		{"empty", "", 126, true},
+		{"no name", "#! \n", 126, true},
+		{"other machine", string(foreign), 126, true},
+		{"interpreter missing", "#!/no/such -x\n", 127, true},
+		{"interpreter plain", "#!/plain\n", 126, true},
+		{"loader missing", loaderMissing(), 127, true},
+		{"script fails", "#!/bin/sh\nexit 1\n", 1, false},
+		{"script fails badly", "#!/bin/sh\nexit 255\n", 255, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			if tt.code == 126 && !strings.HasPrefix(tt.content, "#!") && binfmt() {
+				t.Skip("binfmt_misc knows other formats here")
+			}
+			if err := os.WriteFile(filepath.Join(root, "bin/it"), []byte(tt.content), 0o755); err != nil {
+				t.Fatal(err)
+			}
+			spec, err := Config(image("it"), root, Options{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			code, err := Run(t.Context(), t.TempDir(), spec, IO{})
+			var start *StartError
+			if errors.As(err, &start) != tt.refused || !tt.refused && err != nil {
+				t.Fatalf("error %v, refused: want %v", err, tt.refused)
+			}
+			if start != nil {
+				code = start.Code
+			}
+			if code != tt.code {
+				t.Errorf("code %d, want %d (%v)", code, tt.code, err)
+			}
+		})
+	}
+}
+
+// loaderMissing returns the ELF file of a program that needs a loader which is nowhere.
+func loaderMissing() string {
+	machine := map[string]uint16{"amd64": 62, "arm64": 183}[runtime.GOARCH]
+	b := make([]byte, 4096)
+	le := binary.LittleEndian
+	copy(b, "\x7fELF\x02\x01\x01")
+	le.PutUint16(b[16:], 2) // ET_EXEC
+	le.PutUint16(b[18:], machine)
+	le.PutUint32(b[20:], 1)
+	le.PutUint64(b[32:], 64) // e_phoff
+	le.PutUint16(b[52:], 64)
+	le.PutUint16(b[54:], 56)
+	le.PutUint16(b[56:], 1)
+	const loader = "/lib/ld-nowhere.so\x00"
+	le.PutUint32(b[64:], 3) // PT_INTERP
+	le.PutUint64(b[64+8:], 256)
+	le.PutUint64(b[64+32:], uint64(len(loader)))
+	copy(b[256:], loader)
+	return string(b)
+}
+
+// A signal that comes before the runtime listens ends it: that is the signal's end, not a failure.
+func TestRunSignalled(t *testing.T) {
+	bin := filepath.Join(t.TempDir(), "runc")
+	if err := os.WriteFile(bin, []byte("#!/bin/sh\nkill -TERM $$\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("PATH", filepath.Dir(bin)+":"+os.Getenv("PATH"))
+	spec := &specs.Spec{Process: &specs.Process{Args: []string{"x"}}, Root: &specs.Root{}, Linux: &specs.Linux{}}
+	code, err := Run(t.Context(), t.TempDir(), spec, IO{})
+	if code != 143 || err != nil {
+		t.Errorf("code %d, error %v, want 143", code, err)
 	}
 }
 

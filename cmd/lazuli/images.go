@@ -33,7 +33,7 @@ the share of them that is here. Files that images have in common are here once a
 					}
 					return writeJSON(cmd.OutOrStdout(), images)
 				}
-				w := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 0, 2, ' ', 0)
+				w := tabwriter.NewWriter(printable(cmd.OutOrStdout()), 0, 0, 2, ' ', 0)
 				fmt.Fprintln(w, "IMAGE\tDIGEST\tFILES\tHERE\tUSED\t")
 				for _, im := range images {
 					share, used := 100.0, im.Used.Local().Format(time.DateTime)

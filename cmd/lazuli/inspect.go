@@ -34,7 +34,7 @@ size and that of its table of contents, its entries, how much a start would fetc
 			if asJSON {
 				return writeJSON(cmd.OutOrStdout(), report)
 			}
-			return printReport(cmd.OutOrStdout(), report)
+			return printReport(printable(cmd.OutOrStdout()), report)
 		},
 	}
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON")
@@ -68,6 +68,7 @@ every table of contents, every chunk of every file. It says what is wrong and wh
 					return err
 				}
 			} else {
+				out := printable(out)
 				for _, l := range report.Layers {
 					state := "ok"
 					if n := len(l.Problems); n > 0 {

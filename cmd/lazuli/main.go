@@ -49,17 +49,17 @@ func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 		return 0
 	case errors.As(err, &exit):
 		if exit.err != nil {
-			fmt.Fprintf(stderr, "lazuli: %v\n", exit.err)
+			fmt.Fprintf(printable(stderr), "lazuli: %v\n", exit.err)
 		}
 		return exit.code
 	case errors.As(context.Cause(ctx), &caught):
 		fmt.Fprintf(stderr, "lazuli: %v\n", caught)
 		return 128 + int(caught.signal)
 	case errors.As(err, &usage):
-		fmt.Fprintf(stderr, "lazuli: %v\n", err)
+		fmt.Fprintf(printable(stderr), "lazuli: %v\n", err)
 		return 2
 	}
-	fmt.Fprintf(stderr, "lazuli: %v\n", err)
+	fmt.Fprintf(printable(stderr), "lazuli: %v\n", err)
 	return 1
 }
 

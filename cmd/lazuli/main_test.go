@@ -64,6 +64,7 @@ func TestCommandLines(t *testing.T) {
 		{"run", 2, "usage: lazuli run"},
 		{"version x", 2, "usage: lazuli version"},
 		{"run --net bridge x", 2, "want host or none"},
+		{"run -e =x x", 2, "want NAME=value, or NAME"},
 		{"run --timeline=csv x", 2, "want text, json or json:FILE"},
 		{"run -v /nothing/here:/x x", 125, "/nothing/here"},
 		{"registry", 2, "--dir"},
@@ -74,6 +75,7 @@ func TestCommandLines(t *testing.T) {
 		{"--config " + timeout + " version", 1, "want more than 0"},
 		{"inspect oci:" + dir, 1, dir},
 		{"inspect UPPER", 1, "want NAME[:TAG]"},
+		{"inspect a\x1b[31mb", 1, `a\x1b[31mb`},
 		{"umount " + dir, 1, "is not an image that lazuli mounted"},
 	} {
 		code, stdout, stderr := lazuli(t, strings.Fields(tt.args)...)
@@ -91,6 +93,24 @@ func TestCommandLines(t *testing.T) {
 }
 
 // Flags override the file, the file overrides the defaults.
+// What is printed of names from elsewhere does not steer a terminal.
+func TestPrintable(t *testing.T) {
+	var b bytes.Buffer
+	in := "é\tok\n\x1b]0;title\a\r\u009b2J\u202e\xff\n"
+	n, err := printable(&b).Write([]byte(in))
+	if want := "é\tok\n" + `\x1b]0;title\x07\x0d\u009b2J\u202e\xff` + "\n"; n != len(in) || err != nil || b.String() != want {
+		t.Errorf("%d, %v, %q, want %q", n, err, b.String(), want)
+	}
+}
+
+func TestEnvironment(t *testing.T) {
+	t.Setenv("LAZULI_HERE", "a=b")
+	got, err := environment([]string{"A=1", "B=", "LAZULI_HERE", "LAZULI_NOT_HERE"})
+	if diff := cmp.Diff([]string{"A=1", "B=", "LAZULI_HERE=a=b"}, got); diff != "" || err != nil {
+		t.Error(diff, err)
+	}
+}
+
 func TestConfigPrecedence(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "c.toml")
 	if err := os.WriteFile(file, []byte("root = \"/file\"\nread_timeout = \"30s\"\nlog_level = \"error\"\n"), 0o644); err != nil {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -19,6 +20,7 @@ import (
 func newRunCommand(a *app) *cobra.Command {
 	var (
 		o      bundle.Options
+		env    []string
 		binds  []string
 		net    string
 		tl     string
@@ -44,6 +46,10 @@ process, 128+n if signal n ended it; 125 if it could not be started, 126 if the 
   lazuli run --timeline localhost:5000/python:lazy python3 -c 'import numpy'`,
 		Args: cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			var err error
+			if o.Env, err = environment(env); err != nil {
+				return err
+			}
 			for _, b := range binds {
 				bind, err := bundle.ParseBind(b)
 				if err != nil {
@@ -82,7 +88,7 @@ process, 128+n if signal n ended it; 125 if it could not be started, 126 if the 
 	}
 	f := cmd.Flags()
 	f.SetInterspersed(false)
-	f.StringArrayVarP(&o.Env, "env", "e", nil, "set an environment variable, `NAME=value`")
+	f.StringArrayVarP(&env, "env", "e", nil, "set an environment variable, `NAME=value`; NAME alone has the value it has here")
 	f.StringVarP(&o.Dir, "workdir", "w", "", "working `DIR` in the container")
 	f.StringVarP(&o.User, "user", "u", "", "`USER[:GROUP]`, names as in the image's /etc/passwd or numbers")
 	f.StringArrayVarP(&binds, "volume", "v", nil, "show a file or directory of the host, `SRC:DST[:ro]`")
@@ -94,6 +100,27 @@ process, 128+n if signal n ended it; 125 if it could not be started, 126 if the 
 	f.Lookup("timeline").NoOptDefVal = "text"
 	cmd.RegisterFlagCompletionFunc("net", cobra.FixedCompletions([]string{"none", "host"}, cobra.ShellCompDirectiveNoFileComp))
 	return cmd
+}
+
+// environment is what -e says, with this process's values for names that come alone. A name that is not
+// set here is left out, as docker does.
+func environment(flags []string) ([]string, error) {
+	var env []string
+	for _, kv := range flags {
+		name, _, ok := strings.Cut(kv, "=")
+		if name == "" || strings.Contains(kv, "\x00") {
+			return nil, &usageError{fmt.Errorf("run: -e %q: want NAME=value, or NAME", kv)}
+		}
+		if !ok {
+			value, set := os.LookupEnv(name)
+			if !set {
+				continue
+			}
+			kv += "=" + value
+		}
+		env = append(env, kv)
+	}
+	return env, nil
 }
 
 // runImage mounts the image, runs its process, and takes both down again.
@@ -148,7 +175,7 @@ func mountImage(ctx context.Context, node *rootfs.Node, ref remote.Reference, di
 	defer c.stop()
 	return node.Mount(ctx, ref, dir, rootfs.MountOptions{
 		RW:       rw,
-		Notice:   func(s string) { fmt.Fprintln(stderr, s) },
+		Notice:   func(s string) { fmt.Fprintln(printable(stderr), s) },
 		Progress: c.add,
 	})
 }

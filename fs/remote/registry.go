@@ -341,7 +341,9 @@ func (r *registry) ask(ctx context.Context, w *want) (*http.Response, error) {
 		to, lerr := from.Parse(resp.Header.Get("Location"))
 		discard(resp)
 		switch {
-		case lerr != nil || resp.Header.Get("Location") == "" || hop == maxHops:
+		case hop == maxHops:
+			return nil, fmt.Errorf("%s: %s redirects more than %d times", w.what, r.host, maxHops)
+		case lerr != nil || resp.Header.Get("Location") == "":
 			return nil, fmt.Errorf("%s: %s redirects to nowhere", w.what, r.host)
 		case to.Scheme != "https" && (to.Scheme != "http" || from.Scheme == "https" && !isNear(to.Host)):
 			return nil, fmt.Errorf("%s: %s redirects to %.100q, which is not protected by TLS", w.what, r.host, to.Scheme+"://"+to.Host)

@@ -25,7 +25,8 @@ func ParseProfile(r io.Reader) ([]string, error) {
 	seen := map[string]bool{}
 	lines := bufio.NewScanner(r)
 	lines.Buffer(nil, 1<<20)
-	for n := 1; lines.Scan(); n++ {
+	n := 1
+	for ; lines.Scan(); n++ {
 		line := strings.TrimSuffix(lines.Text(), "\r")
 		if trimmed := strings.TrimSpace(line); trimmed == "" || trimmed[0] == '#' {
 			continue
@@ -46,7 +47,7 @@ func ParseProfile(r io.Reader) ([]string, error) {
 		}
 	}
 	if err := lines.Err(); err != nil {
-		return nil, fmt.Errorf("profile: %w", err)
+		return nil, fmt.Errorf("profile: line %d: %w", n, err)
 	}
 	return names, nil
 }

@@ -116,7 +116,7 @@ func report(ctx context.Context, ref remote.Reference, o InspectOptions, look fu
 		Config: config, Layers: make([]LayerReport, len(image.Layers)),
 	}
 	group, gctx := errgroup.WithContext(ctx)
-	group.SetLimit(4)
+	group.SetLimit(sideBySide)
 	for i, rl := range image.Layers {
 		group.Go(func() error {
 			l, err := newLayer(rl, config.RootFS.DiffIDs[i])

@@ -232,9 +232,13 @@ func (l *layer) load(n *Node) (*toc.TOC, error) {
 	return t, nil
 }
 
-// reason is err without the sentinel's own words.
+// reason is what err says after the sentinel's own words.
 func reason(err error) string {
-	return strings.TrimPrefix(err.Error(), toc.ErrNotLazy.Error()+": ")
+	s := err.Error()
+	if _, why, ok := strings.Cut(s, toc.ErrNotLazy.Error()+": "); ok {
+		return why
+	}
+	return s
 }
 
 func megabytes(n int64) string { return fmt.Sprintf("%.1f MB", float64(n)/1e6) }

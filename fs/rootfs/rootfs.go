@@ -67,8 +67,13 @@ type Node struct {
 	mu     sync.Mutex
 	mounts int // ever made, for names
 
-	whole atomic.Int64 // bytes of layers fetched whole
+	whole     atomic.Int64  // bytes of layers fetched whole
+	unpacking chan struct{} // holds a token for each layer that is being unpacked
 }
+
+// sideBySide is how many layers are unpacked at the same time: a compressed stream may ask for a window of 128 MiB,
+// and an image for any number of layers.
+const sideBySide = 4
 
 var nodes atomic.Int64 // of this process, ever
 
@@ -92,7 +97,7 @@ func Open(root string, o Options) (*Node, error) {
 			return nil, err
 		}
 	}
-	n := &Node{root: root, log: o.Logger}
+	n := &Node{root: root, log: o.Logger, unpacking: make(chan struct{}, sideBySide)}
 	n.sweep()
 	if n.store, err = store.Open(filepath.Join(root, "store"), o.Logger); err != nil {
 		return nil, err

@@ -20,6 +20,12 @@ import (
 // table of contents. The objects are named by what is in them, so they are true even if the layer turns out
 // not to be what its digest says; the table is returned only if it is.
 func (l *layer) unpack(ctx context.Context, n *Node, o *MountOptions) (*toc.TOC, error) {
+	select {
+	case n.unpacking <- struct{}{}:
+		defer func() { <-n.unpacking }()
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
 	blob := &wholeBlob{ctx: ctx, blob: l.Blob, got: &n.whole, o: o, size: l.Size}
 	defer blob.Close()
 	sum := sha256.New()
@@ -61,7 +67,7 @@ func inflate(r *bufio.Reader) (io.ReadCloser, error) {
 		}
 		return z, nil
 	case string(magic) == "\x28\xb5\x2f\xfd" || len(magic) == 4 && string(magic[1:]) == "\x2a\x4d\x18" && magic[0]>>4 == 5:
-		z, err := zstd.NewReader(r, zstd.WithDecoderMaxWindow(128<<20))
+		z, err := zstd.NewReader(r, zstd.WithDecoderMaxWindow(128<<20), zstd.WithDecoderLowmem(true))
 		if err != nil {
 			return nil, err
 		}

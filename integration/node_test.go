@@ -3,6 +3,7 @@ package integration
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -21,6 +22,47 @@ func mountOn(t *testing.T, n *rootfs.Node, ref string) (*rootfs.Rootfs, func()) 
 	r, err := n.Mount(t.Context(), parse(t, ref), "", rootfs.MountOptions{})
 	must(t, err)
 	return r, func() { must(t, r.Close()) }
+}
+
+// TestSymlinks: the root folder and the mount point may lie behind symbolic links, which the kernel's list of mounts does not have.
+func TestSymlinks(t *testing.T) {
+	needRoot(t)
+	base := t.TempDir()
+	link := func(name string) (target, path string) {
+		target, path = filepath.Join(base, name), filepath.Join(base, name+"-link")
+		must(t, os.Mkdir(target, 0o755))
+		must(t, os.Symlink(name, path))
+		return target, path
+	}
+	_, root := link("root")
+	at, atLink := link("at")
+	registry := NewRegistry(t, RegistryOptions{})
+	ref := registry.Push(t, convertedImage(t, convert.Options{}, []layerFile{{"file", noise(1, 1000)}}), "a")
+	n, err := rootfs.Open(root, rootfs.Options{})
+	must(t, err)
+	own, closeOwn := mountOn(t, n, ref)
+	asked, err := n.Mount(t.Context(), parse(t, ref), atLink, rootfs.MountOptions{})
+	must(t, err)
+	if asked.Dir != at {
+		t.Errorf("mounted at %s, want %s", asked.Dir, at)
+	}
+	for _, r := range []*rootfs.Rootfs{own, asked} {
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		if err := r.Wait(ctx); !errors.Is(err, context.Canceled) {
+			t.Errorf("%s does not count as mounted: %v", r.Dir, err)
+		}
+	}
+	must(t, rootfs.Unmount(atLink))
+	must(t, asked.Wait(t.Context()))
+	must(t, asked.Close())
+	closeOwn()
+	must(t, n.Close())
+	b, err := os.ReadFile("/proc/self/mounts")
+	must(t, err)
+	if strings.Contains(string(b), base) {
+		t.Error("something is left mounted")
+	}
 }
 
 // TestImages: what a node says of its images, and what is left when they are removed.

@@ -73,8 +73,8 @@ func newUmountCommand(a *app) *cobra.Command {
 		Use:     "umount DIR",
 		Aliases: []string{"unmount"},
 		Short:   "End a mount",
-		Long: `Umount unmounts the image at DIR, and the process that served it ends. Programs that still use the mount
-keep the files that they have open.`,
+		Long: `Umount unmounts the image at DIR, and the process that served it ends. While a program works in DIR or has
+a file of it open, the image stays mounted, and the exit code is 1.`,
 		Example: "  lazuli umount /mnt",
 		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {

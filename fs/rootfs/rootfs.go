@@ -97,6 +97,9 @@ func Open(root string, o Options) (*Node, error) {
 			return nil, err
 		}
 	}
+	if root, err = realPath(root); err != nil {
+		return nil, err
+	}
 	n := &Node{root: root, log: o.Logger, unpacking: make(chan struct{}, sideBySide)}
 	n.sweep()
 	if n.store, err = store.Open(filepath.Join(root, "store"), o.Logger); err != nil {
@@ -217,7 +220,7 @@ func (o *MountOptions) fetched(n int64) {
 
 // A Rootfs is one image, mounted.
 type Rootfs struct {
-	// Dir is where.
+	// Dir is where, without symbolic links.
 	Dir string
 	// Image is what the reference named when it was resolved.
 	Image *remote.Image
@@ -328,8 +331,17 @@ func (r *Rootfs) makeDirs(dir string) error {
 		return nil
 	}
 	var err error
-	r.Dir, err = filepath.Abs(dir)
+	r.Dir, err = realPath(dir)
 	return err
+}
+
+// realPath is the absolute path of dir without symbolic links, which is what mountinfo calls it.
+func realPath(dir string) (string, error) {
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return "", err
+	}
+	return filepath.EvalSymlinks(dir)
 }
 
 // resolve gets the image's manifest, config and tables of contents, all layers side by side, and
@@ -532,6 +544,9 @@ func Unmount(dir string) error {
 	dir, err := filepath.Abs(dir)
 	if err != nil {
 		return err
+	}
+	if real, err := filepath.EvalSymlinks(dir); err == nil {
+		dir = real
 	}
 	mounted, err := isMounted(dir)
 	if err != nil {

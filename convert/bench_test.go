@@ -53,7 +53,7 @@ func benchTars(b *testing.B) (tars []*os.File, size int64) {
 	for _, l := range img.Layers {
 		size += l.Size
 		in := newSource(ctx, l.Blob, func(int) {})
-		r, stop, err := inflate(in)
+		r, err := toc.OpenTar(in)
 		if err != nil {
 			b.Fatal(err)
 		}
@@ -64,7 +64,7 @@ func benchTars(b *testing.B) (tars []*os.File, size int64) {
 		if _, err := io.Copy(f, r); err != nil {
 			b.Fatal(err)
 		}
-		stop()
+		r.Close()
 		in.Close()
 		tars = append(tars, f)
 	}

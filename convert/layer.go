@@ -2,7 +2,6 @@ package convert
 
 import (
 	"archive/tar"
-	"bufio"
 	"bytes"
 	"context"
 	"crypto/sha256"
@@ -14,16 +13,11 @@ import (
 	"strings"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
-	"github.com/klauspost/compress/gzip"
-	"github.com/klauspost/compress/zstd"
 	"golang.org/x/sync/errgroup"
 
 	"lazuli/fs/remote"
 	"lazuli/fs/toc"
 )
-
-// maxWindow bounds the memory that reading a zstd layer takes: the window of "zstd --long".
-const maxWindow = 128 << 20
 
 // maxDrain is how much of a layer is read, in bytes, only to tell a damaged blob from a bad tar.
 const maxDrain = 64 << 20
@@ -68,11 +62,11 @@ func (c *conversion) convertLayer(ctx context.Context, desc v1.Descriptor, p *po
 
 // rewrite reads a compressed tar from in and writes its entries to w.
 func (c *conversion) rewrite(ctx context.Context, w *blobWriter, in io.Reader) error {
-	r, stop, err := inflate(in)
+	r, err := toc.OpenTar(in)
 	if err != nil {
 		return err
 	}
-	defer stop()
+	defer r.Close()
 	if len(c.opts.Profile) > 0 {
 		return c.reorder(ctx, w, r)
 	}
@@ -128,31 +122,6 @@ func landmark(ctx context.Context, w *blobWriter, name string) error {
 		return err
 	}
 	return w.data(ctx, &e, bytes.NewReader([]byte{0xf}), true)
-}
-
-// inflate returns what a layer's bytes are without their compression, which they say themselves.
-func inflate(in io.Reader) (io.Reader, func(), error) {
-	br := bufio.NewReaderSize(in, 256<<10)
-	magic, err := br.Peek(4)
-	if err != nil && err != io.EOF {
-		return nil, nil, err
-	}
-	switch {
-	case len(magic) >= 2 && magic[0] == 0x1f && magic[1] == 0x8b:
-		r, err := gzip.NewReader(br)
-		if err != nil {
-			return nil, nil, err
-		}
-		return r, func() { r.Close() }, nil
-	case bytes.Equal(magic, []byte{0x28, 0xb5, 0x2f, 0xfd}),
-		len(magic) == 4 && magic[0]&0xf0 == 0x50 && bytes.Equal(magic[1:], []byte{0x2a, 0x4d, 0x18}):
-		r, err := zstd.NewReader(br, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(maxWindow))
-		if err != nil {
-			return nil, nil, err
-		}
-		return r, r.Close, nil
-	}
-	return br, func() {}, nil
 }
 
 // A tarEntry is one entry of the tar that is read. It is valid until the next.

@@ -44,13 +44,13 @@ again: a second run uploads nothing. DST's tag moves last, when everything else 
 		Args:              cobra.ExactArgs(2),
 		ValidArgsFunction: cobra.NoFileCompletions,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			src, err := remote.ParseReference(args[0])
+			src, err := parseReference(args[0])
 			if err != nil {
-				return &usageError{err}
+				return err
 			}
-			dst, err := remote.ParseReference(args[1])
+			dst, err := parseReference(args[1])
 			if err != nil {
-				return &usageError{err}
+				return err
 			}
 			opts.Format = convert.Format(format)
 			opts.ChunkSize, opts.GroupSize = int64(chunk), int64(group)

@@ -8,7 +8,6 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"lazuli/fs/remote"
 	"lazuli/fs/rootfs"
 )
 
@@ -23,7 +22,7 @@ size and that of its table of contents, its entries, how much a start would fetc
   lazuli inspect --json oci:./lazy`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			ref, err := remote.ParseReference(args[0])
+			ref, err := parseReference(args[0])
 			if err != nil {
 				return err
 			}
@@ -52,7 +51,7 @@ every table of contents, every chunk of every file. It says what is wrong and wh
   lazuli check --json oci:./lazy`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			ref, err := remote.ParseReference(args[0])
+			ref, err := parseReference(args[0])
 			if err != nil {
 				return err
 			}

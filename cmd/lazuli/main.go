@@ -22,6 +22,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"lazuli/fs/remote"
 	"lazuli/fs/rootfs"
 )
 
@@ -49,7 +50,7 @@ func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 		return 0
 	case errors.As(err, &exit):
 		if exit.err != nil {
-			fmt.Fprintf(printable(stderr), "lazuli: %v\n", exit.err)
+			fmt.Fprintf(printable(stderr), "lazuli: %v%s\n", exit.err, advice(exit.err))
 		}
 		return exit.code
 	case errors.As(context.Cause(ctx), &caught):
@@ -59,8 +60,25 @@ func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 		fmt.Fprintf(printable(stderr), "lazuli: %v\n", err)
 		return 2
 	}
-	fmt.Fprintf(printable(stderr), "lazuli: %v\n", err)
+	fmt.Fprintf(printable(stderr), "lazuli: %v%s\n", err, advice(err))
 	return 1
+}
+
+// advice is what to do about an error whose own words do not say it.
+func advice(err error) string {
+	if errors.Is(err, unix.ENOSPC) {
+		return ": make room (lazuli images, rmi, prune), or choose another disk with --root or TMPDIR"
+	}
+	return ""
+}
+
+// parseReference parses an argument that names an image.
+func parseReference(s string) (remote.Reference, error) {
+	ref, err := remote.ParseReference(s)
+	if err != nil {
+		return ref, &usageError{err}
+	}
+	return ref, nil
 }
 
 // An app is what the verbs share: the flags that all of them have, and signals.

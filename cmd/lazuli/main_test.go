@@ -74,8 +74,8 @@ func TestCommandLines(t *testing.T) {
 		{"--config " + broken + " version", 1, "line 2"},
 		{"--config " + timeout + " version", 1, "want more than 0"},
 		{"inspect oci:" + dir, 1, dir},
-		{"inspect UPPER", 1, "want NAME[:TAG]"},
-		{"inspect a\x1b[31mb", 1, `a\x1b[31mb`},
+		{"inspect UPPER", 2, "want NAME[:TAG]"},
+		{"inspect a\x1b[31mb", 2, `a\x1b[31mb`},
 		{"umount " + dir, 1, "is not an image that lazuli mounted"},
 	} {
 		code, stdout, stderr := lazuli(t, strings.Fields(tt.args)...)

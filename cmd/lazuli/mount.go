@@ -7,7 +7,6 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"lazuli/fs/remote"
 	"lazuli/fs/rootfs"
 )
 
@@ -31,7 +30,7 @@ Layers that are not lazy are fetched whole first, and a line says so.`,
 				return detach(cmd.Context(), cmd.ErrOrStderr(), cmd.OutOrStdout())
 			}
 			ctx, stderr := cmd.Context(), cmd.ErrOrStderr()
-			ref, err := remote.ParseReference(args[0])
+			ref, err := parseReference(args[0])
 			if err != nil {
 				return err
 			}

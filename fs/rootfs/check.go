@@ -189,7 +189,7 @@ func (l *layer) check(ctx context.Context, r *LayerReport, o *MountOptions) erro
 
 	// The tar, as somebody who does not know about tables of contents reads it.
 	var tar *toc.TOC
-	z, err := inflate(bufio.NewReaderSize(file, 1<<18))
+	z, err := toc.OpenTar(file)
 	if err == nil {
 		tar, err = toc.FromTar(z, toc.MaxChunkSize, func(toc.Chunk, []byte) error { return ctx.Err() })
 		z.Close()

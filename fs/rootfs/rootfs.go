@@ -365,6 +365,7 @@ func (r *Rootfs) resolve(ctx context.Context, ref remote.Reference, o MountOptio
 	}
 	var tocs []*toc.TOC // stays nil if nothing has to be made of them
 	group, gctx := errgroup.WithContext(ctx)
+	group.SetLimit(maxTables)
 	group.Go(func() error { return r.readConfig(gctx) })
 	// A metadata image that is here needs no tables of contents, only the layers' chunk tables.
 	if !r.known() {
@@ -395,6 +396,9 @@ func (r *Rootfs) resolve(ctx context.Context, ref remote.Reference, o MountOptio
 	}
 	return image, nil
 }
+
+// maxTables is how many tables of contents are fetched and parsed at once: more than most images have layers.
+const maxTables = 32
 
 func (r *Rootfs) readConfig(ctx context.Context) error {
 	config, _, err := r.Image.Config(ctx)

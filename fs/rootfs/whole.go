@@ -1,15 +1,11 @@
 package rootfs
 
 import (
-	"bufio"
 	"context"
 	"crypto/sha256"
 	"fmt"
 	"io"
 	"sync/atomic"
-
-	"github.com/klauspost/compress/gzip"
-	"github.com/klauspost/compress/zstd"
 
 	"lazuli/fs/remote"
 	"lazuli/fs/store"
@@ -30,7 +26,7 @@ func (l *layer) unpack(ctx context.Context, n *Node, o *MountOptions) (*toc.TOC,
 	defer blob.Close()
 	sum := sha256.New()
 	compressed := io.TeeReader(blob, sum)
-	tar, err := inflate(bufio.NewReaderSize(compressed, 1<<18))
+	tar, err := toc.OpenTar(compressed)
 	if err != nil {
 		return nil, err
 	}
@@ -54,26 +50,6 @@ func (l *layer) unpack(ctx context.Context, n *Node, o *MountOptions) (*toc.TOC,
 		return nil, fmt.Errorf("the tar's digest is %v, but the image's config says %v", t.Digest, l.diffID)
 	}
 	return t, nil
-}
-
-// inflate returns the tar in a layer, by what its first bytes say: gzip, zstd, or none.
-func inflate(r *bufio.Reader) (io.ReadCloser, error) {
-	magic, _ := r.Peek(4)
-	switch {
-	case len(magic) >= 2 && magic[0] == 0x1f && magic[1] == 0x8b:
-		z, err := gzip.NewReader(r)
-		if err != nil {
-			return nil, err
-		}
-		return z, nil
-	case string(magic) == "\x28\xb5\x2f\xfd" || len(magic) == 4 && string(magic[1:]) == "\x2a\x4d\x18" && magic[0]>>4 == 5:
-		z, err := zstd.NewReader(r, zstd.WithDecoderMaxWindow(128<<20), zstd.WithDecoderLowmem(true))
-		if err != nil {
-			return nil, err
-		}
-		return z.IOReadCloser(), nil
-	}
-	return io.NopCloser(r), nil
 }
 
 // A fileSink puts the files of a tar into the store, as toc.FromTar gives them: chunk by chunk.

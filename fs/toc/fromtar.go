@@ -8,6 +8,9 @@ import (
 	"fmt"
 	"io"
 	"math"
+
+	"github.com/klauspost/compress/gzip"
+	"github.com/klauspost/compress/zstd"
 )
 
 // DefaultChunkSize is the size of the chunks of layers that are cut here, in
@@ -80,4 +83,30 @@ func FromTar(r io.Reader, chunkSize int64, sink func(c Chunk, data []byte) error
 	}
 	h.Sum(t.Digest[:0])
 	return t, nil
+}
+
+// OpenTar returns the tar in a layer, which is compressed with gzip or zstd, or not at all, as its first bytes say. The
+// caller closes it; r stays open. It reads ahead of what it gives.
+func OpenTar(r io.Reader) (io.ReadCloser, error) {
+	in := bufio.NewReaderSize(r, 256<<10)
+	magic, err := in.Peek(4)
+	if err != nil && err != io.EOF {
+		return nil, err
+	}
+	const zstdFrame = "\x28\xb5\x2f\xfd"
+	switch {
+	case len(magic) >= 2 && string(magic[:2]) == "\x1f\x8b":
+		z, err := gzip.NewReader(in)
+		if err != nil {
+			return nil, err
+		}
+		return z, nil
+	case string(magic) == zstdFrame, len(magic) == 4 && magic[0]>>4 == 5 && string(magic[1:]) == skippable[1:]:
+		z, err := zstd.NewReader(in, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(maxWindow))
+		if err != nil {
+			return nil, err
+		}
+		return z.IOReadCloser(), nil
+	}
+	return io.NopCloser(in), nil
 }

@@ -173,7 +173,7 @@ func TestBadImages(t *testing.T) {
 				w.Write(spaces[:1<<20-len(`{"version":1,"entries":[`)-2])
 				io.WriteString(w, `]}`)
 			})
-		}, []string{"toc"}},
+		}, []string{"table of contents"}},
 		{"10 million entries", func() string {
 			const n, first = 10_000_000, `{"version":1,"entries":[{"name":"a","type":"dir"}`
 			next := bytes.Repeat([]byte(`,{"name":"a","type":"dir"}`), 1000)

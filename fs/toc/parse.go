@@ -116,7 +116,7 @@ func inflate(r io.Reader, loc Location) (json io.Reader, size int64, done func()
 // maxWindow is the memory a zstd frame may ask for: what zstd --ultra -22 uses.
 const maxWindow = 128 << 20
 
-var errTooLarge = fmt.Errorf("%w: more than %d bytes of JSON", ErrNotLazy, MaxInflated)
+var errTooLarge = fmt.Errorf("%w: the table of contents has more than %d bytes", ErrNotLazy, MaxInflated)
 
 // hashing hashes what is read through it, up to limit bytes if that is not 0.
 type hashing struct {
@@ -274,7 +274,7 @@ func (p *parser) toc() error {
 			seen |= version
 			v, err := p.int()
 			if err == nil && v != 1 {
-				err = fmt.Errorf("%w: version %d", ErrNotLazy, v)
+				err = fmt.Errorf("%w: the table of contents is of version %d", ErrNotLazy, v)
 			}
 			return err
 		case "entries":
@@ -410,7 +410,7 @@ func (p *parser) newEntry() error {
 	p.never = p.never || e.Name == NoPrefetchLandmark
 	if !p.dropped {
 		if len(p.t.Entries) >= MaxEntries {
-			return fmt.Errorf("%w: more than %d entries", ErrNotLazy, MaxEntries)
+			return fmt.Errorf("%w: the table of contents has more than %d entries", ErrNotLazy, MaxEntries)
 		}
 		p.t.Entries = append(p.t.Entries, e)
 	}
@@ -475,7 +475,7 @@ func (p *parser) chunk(digest Digest) error {
 		}
 	}
 	if len(p.t.Chunks) >= MaxChunks {
-		return fmt.Errorf("%w: more than %d chunks", ErrNotLazy, MaxChunks)
+		return fmt.Errorf("%w: the table of contents has more than %d chunks", ErrNotLazy, MaxChunks)
 	}
 	p.t.Chunks = append(p.t.Chunks, c)
 	p.t.Entries[len(p.t.Entries)-1].NumChunks++

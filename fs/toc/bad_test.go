@@ -27,7 +27,7 @@ var badJSON = []struct{ index, want string }{
 	{`null`, `want {`},
 	{`{"version":1}`, `want version and entries`},
 	{`{"entries":[]}`, `want version and entries`},
-	{`{"version":2,"entries":[]}`, `not lazy: version 2`},
+	{`{"version":2,"entries":[]}`, `not lazy: the table of contents is of version 2`},
 	{`{"version":1,"version":1,"entries":[]}`, `given twice`},
 	{`{"version":1,"entries":[],"entries":[]}`, `given twice`},
 	{`{"version":1,"entries":[]}{}`, `more than one JSON value`},

@@ -85,9 +85,11 @@ const (
 	// miss in sequence up to maxWindow. A Python job with SciPy that nobody profiled took, at 20 ms and 1 Gbit/s:
 	//
 	//	window     128 KiB  512 KiB  1 MiB  2 MiB
-	//	seconds        5.8      4.4    3.7    3.7
-	//	misses         198      128    100     71
+	//	seconds        5.5      3.8    3.4    2.8
+	//	misses         190      120     92     61
 	//	MB              36       51     64     80
+	//
+	// 1 MiB is for links slower than that one; a window from the measured round trip and bandwidth would know.
 	firstWindow = 1 << 20
 	maxWindow   = 8 << 20
 

@@ -67,7 +67,6 @@ type Node struct {
 	mu     sync.Mutex
 	mounts int // ever made, for names
 
-	whole     atomic.Int64  // bytes of layers fetched whole
 	unpacking chan struct{} // holds a token for each layer that is being unpacked
 }
 
@@ -116,14 +115,37 @@ func Open(root string, o Options) (*Node, error) {
 
 // makeRun makes a process's own folder, with a lock that says that it lives.
 func makeRun(dir string) (*os.File, error) {
-	if err := os.MkdirAll(dir, 0o711); err != nil {
-		return nil, err
+	for {
+		if err := os.MkdirAll(dir, 0o711); err != nil {
+			return nil, err
+		}
+		lock, err := lockRun(dir, os.O_CREATE, unix.LOCK_EX)
+		if !errors.Is(err, os.ErrNotExist) {
+			return lock, err
+		}
+		// Another process has swept the folder before it was locked.
 	}
-	lock, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
+}
+
+// lockRun takes the lock of a process's folder, which is held as long as the file is open. The error wraps os.ErrNotExist if
+// the folder went away: between open and lock, somebody else may have swept it and it may be there anew.
+func lockRun(dir string, flag, how int) (*os.File, error) {
+	name := filepath.Join(dir, "lock")
+	lock, err := os.OpenFile(name, flag|os.O_RDWR, 0o600)
 	if err != nil {
 		return nil, err
 	}
-	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
+	err = unix.Flock(int(lock.Fd()), how)
+	if err == nil {
+		var locked, named os.FileInfo
+		if locked, err = lock.Stat(); err == nil {
+			named, err = os.Stat(name)
+		}
+		if err == nil && !os.SameFile(locked, named) {
+			err = fmt.Errorf("%s: %w", name, os.ErrNotExist)
+		}
+	}
+	if err != nil {
 		lock.Close()
 		return nil, err
 	}
@@ -135,16 +157,13 @@ func (n *Node) sweep() {
 	entries, _ := os.ReadDir(filepath.Join(n.root, "run"))
 	for _, e := range entries {
 		dir := filepath.Join(n.root, "run", e.Name())
-		lock, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_RDWR, 0)
+		lock, err := lockRun(dir, 0, unix.LOCK_EX|unix.LOCK_NB)
 		if err != nil {
-			// A folder without a lock is being made, or is somebody else's.
-			continue
+			continue // its process lives, or it is being made, or it is somebody else's
 		}
-		if unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil {
-			n.log.Info("removing what a dead process left", "dir", dir)
-			if err := removeRun(dir); err != nil {
-				n.log.Warn("cannot remove what a dead process left", "dir", dir, "err", err)
-			}
+		n.log.Info("removing what a dead process left", "dir", dir)
+		if err := removeRun(dir); err != nil {
+			n.log.Warn("cannot remove what a dead process left", "dir", dir, "err", err)
 		}
 		lock.Close()
 	}

@@ -5,7 +5,6 @@ import (
 	"crypto/sha256"
 	"fmt"
 	"io"
-	"sync/atomic"
 
 	"lazuli/fs/remote"
 	"lazuli/fs/store"
@@ -22,7 +21,7 @@ func (l *layer) unpack(ctx context.Context, n *Node, o *MountOptions) (*toc.TOC,
 	case <-ctx.Done():
 		return nil, context.Cause(ctx)
 	}
-	blob := &wholeBlob{ctx: ctx, blob: l.Blob, got: &n.whole, o: o, size: l.Size}
+	blob := &wholeBlob{ctx: ctx, blob: l.Blob, o: o, size: l.Size}
 	defer blob.Close()
 	sum := sha256.New()
 	compressed := io.TeeReader(blob, sum)
@@ -106,7 +105,6 @@ type wholeBlob struct {
 	size int64
 	off  int64
 	body io.ReadCloser
-	got  *atomic.Int64 // counts bytes, if not nil
 	o    *MountOptions
 
 	failed int // times in a row without a byte
@@ -128,9 +126,6 @@ func (b *wholeBlob) Read(p []byte) (int, error) {
 		if n > 0 {
 			b.failed = 0
 			b.off += int64(n)
-			if b.got != nil {
-				b.got.Add(int64(n))
-			}
 			b.o.fetched(int64(n))
 			return n, nil
 		}

@@ -24,7 +24,7 @@ func TestMakeRun(t *testing.T) {
 		}
 	})
 	dir := filepath.Join(n.root, "run", "1.1")
-	for range 2000 {
+	for range 200 {
 		lock, err := makeRun(dir)
 		if err != nil {
 			t.Fatal(err)

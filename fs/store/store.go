@@ -30,6 +30,8 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -185,14 +187,72 @@ var (
 	tempNames  atomic.Uint64
 )
 
+func (s *Store) tempName() string {
+	return filepath.Join(s.dir, "tmp", fmt.Sprintf("%s.%d", tempPrefix, tempNames.Add(1)))
+}
+
 // Create makes a file that becomes an object at [Temp.Publish], or vanishes at [Temp.Discard].
 func (s *Store) Create() (*Temp, error) {
-	name := filepath.Join(s.dir, "tmp", fmt.Sprintf("%s.%d", tempPrefix, tempNames.Add(1)))
+	name := s.tempName()
 	f, err := os.OpenFile(name, os.O_CREATE|os.O_EXCL|os.O_RDWR, 0o444)
 	if err != nil {
 		return nil, fmt.Errorf("store: %w", err)
 	}
 	return &Temp{s, f, name}, nil
+}
+
+// Adopt takes a file away from where it is, name in the folder dir (a descriptor, O_PATH is enough), and makes it a
+// file of the store, that becomes an object at [Temp.Publish], or vanishes at [Temp.Discard]. Nothing can
+// be written to it. Its owner, mode and xattrs become those of an object.
+//
+// f is that file, open, and stays the caller's. It is a regular file with this one name, and the caller knows that
+// nobody else has it open. After an error the file may have lost its attributes, and, if it is not f that had the name, its name; f can
+// still be read. It wraps unix.EXDEV if the store is on another file system.
+func (s *Store) Adopt(f *os.File, dir int, name string) (*Temp, error) {
+	fd := int(f.Fd())
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return nil, fmt.Errorf("store: stat: %w", err)
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFREG || st.Nlink != 1 {
+		return nil, fmt.Errorf("store: %q: not a regular file with one name", name)
+	}
+	if err := strip(fd); err != nil {
+		return nil, fmt.Errorf("store: %q: %w", name, err)
+	}
+	t := &Temp{s: s, name: s.tempName()}
+	if err := unix.Renameat(dir, name, unix.AT_FDCWD, t.name); err != nil {
+		return nil, fmt.Errorf("store: rename %q: %w", name, err)
+	}
+	var renamed unix.Stat_t
+	if err := unix.Lstat(t.name, &renamed); err != nil || renamed.Dev != st.Dev || renamed.Ino != st.Ino {
+		t.Discard()
+		return nil, fmt.Errorf("store: %q: another file took its place", name)
+	}
+	return t, nil
+}
+
+// strip gives a file the attributes of an object.
+func strip(fd int) error {
+	if err := unix.Fchown(fd, os.Geteuid(), os.Getegid()); err != nil {
+		return fmt.Errorf("chown: %w", err)
+	}
+	if n, err := unix.Flistxattr(fd, nil); err == nil && n > 0 {
+		list := make([]byte, n)
+		if n, err = unix.Flistxattr(fd, list); err != nil {
+			return fmt.Errorf("list of xattrs: %w", err)
+		}
+		for name := range strings.SplitSeq(strings.TrimSuffix(string(list[:n]), "\x00"), "\x00") {
+			if err := unix.Fremovexattr(fd, name); err != nil {
+				return fmt.Errorf("remove xattr %s: %w", name, err)
+			}
+		}
+	}
+	// Last: an ACL that goes changes the mode.
+	if err := unix.Fchmod(fd, 0o444); err != nil {
+		return fmt.Errorf("chmod: %w", err)
+	}
+	return nil
 }
 
 // Write appends verified bytes.
@@ -359,54 +419,101 @@ func (s *Store) Here(key Key, size int64) int64 {
 	return min(st.Blocks*512, size)
 }
 
-// Prune removes every object that keep does not want, complete or not, and returns the bytes of disk that became free. Nobody
-// may be fetching an object that keep does not want.
-func (s *Store) Prune(keep func(Key) bool) (freed int64, err error) {
-	remove := func(dir, name, hexKey string) error {
-		var key Key
-		if n, err := hex.Decode(key[:], []byte(hexKey)); err != nil || n != len(key) || keep(key) {
-			return nil // not an object's name, or an object to keep
+// A file is an object's file, as each sees it.
+type file struct {
+	path string
+	key  Key
+	size int64     // of disk, in bytes
+	used time.Time // last, as far as the file system notes it
+}
+
+// each calls f for every file of an object, complete or not, until f returns an error.
+func (s *Store) each(f func(file) error) error {
+	visit := func(dir, name, hexKey string) error {
+		x := file{path: s.Path(dir, name)}
+		if n, err := hex.Decode(x.key[:], []byte(hexKey)); err != nil || n != len(x.key) {
+			return nil // not an object's name
 		}
-		path := s.Path(dir, name)
 		var st unix.Stat_t
-		if err := unix.Lstat(path, &st); err != nil {
-			return ignoreNotExist(err)
-		}
-		if err := os.Remove(path); err != nil {
+		if err := unix.Lstat(x.path, &st); err != nil {
 			return ignoreNotExist(err) // another process prunes too, or has just published it
 		}
-		freed += st.Blocks * 512
-		return nil
+		x.size, x.used = st.Blocks*512, time.Unix(max(st.Atim.Sec, st.Ctim.Sec), 0)
+		return f(x)
 	}
 	for i := range folders {
 		prefix := fmt.Sprintf("%x", i)
 		entries, err := os.ReadDir(s.Path("objects", prefix))
 		if err != nil {
-			return freed, err
+			return err
 		}
 		for _, e := range entries {
 			if len(e.Name()) != 2*len(Key{})-1 {
 				continue
 			}
-			if err := remove(filepath.Join("objects", prefix), e.Name(), prefix+e.Name()); err != nil {
-				return freed, err
+			if err := visit(filepath.Join("objects", prefix), e.Name(), prefix+e.Name()); err != nil {
+				return err
 			}
 		}
 	}
 	entries, err := os.ReadDir(s.Path("partial"))
 	if err != nil {
-		return freed, err
+		return err
 	}
 	for _, e := range entries {
 		if len(e.Name()) < 2*len(Key{}) {
 			continue
 		}
-		if err := remove("partial", e.Name(), e.Name()[:2*len(Key{})]); err != nil {
-			return freed, err
+		if err := visit("partial", e.Name(), e.Name()[:2*len(Key{})]); err != nil {
+			return err
 		}
+	}
+	return nil
+}
+
+// Size returns how many bytes of disk the objects take, complete or not.
+func (s *Store) Size() (size int64, err error) {
+	err = s.each(func(f file) error { size += f.size; return nil })
+	return size, err
+}
+
+// Prune removes every object that keep does not want, complete or not, and returns the bytes of disk that became free. Nobody
+// may be fetching an object that keep does not want.
+func (s *Store) Prune(keep func(Key) bool) (freed int64, err error) {
+	return s.Evict(keep, -1)
+}
+
+// Evict is Prune that ends when enough bytes of disk became free, and begins with what was not used for longest. A negative
+// enough is never enough.
+func (s *Store) Evict(keep func(Key) bool, enough int64) (freed int64, err error) {
+	var files []file
+	err = s.each(func(f file) error {
+		if !keep(f.key) {
+			files = append(files, f)
+		}
+		return nil
+	})
+	if err != nil {
+		return 0, err
+	}
+	slices.SortFunc(files, func(a, b file) int { return a.used.Compare(b.used) })
+	for _, f := range files {
+		if enough >= 0 && freed >= enough {
+			break
+		}
+		if err := os.Remove(f.path); err != nil {
+			if ignoreNotExist(err) != nil {
+				return freed, err
+			}
+			continue
+		}
+		freed += f.size
 	}
 	return freed, nil
 }
+
+// Sync makes the disk hold everything that is in the store.
+func (s *Store) Sync() error { return s.sync() }
 
 func ignoreNotExist(err error) error {
 	if errors.Is(err, fs.ErrNotExist) {

@@ -162,6 +162,111 @@ func TestTempHoles(t *testing.T) {
 	}
 }
 
+// TestAdopt: a file from elsewhere becomes an object like any other, or stays what it is.
+func TestAdopt(t *testing.T) {
+	dir := tempDir(t)
+	s := open(t, filepath.Join(dir, "store"))
+	defer s.Close()
+	from, err := os.Open(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer from.Close()
+	file := func(name, content string) *os.File {
+		t.Helper()
+		path := filepath.Join(dir, name)
+		if err := os.WriteFile(path, []byte(content), 0o666); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Chmod(path, 0o6755); err != nil {
+			t.Fatal(err)
+		}
+		if err := unix.Setxattr(path, "user.x", []byte("x"), 0); err != nil && !errors.Is(err, unix.ENOTSUP) {
+			t.Fatal(err)
+		}
+		if os.Geteuid() == 0 {
+			if err := os.Chown(path, 5, 6); err != nil {
+				t.Fatal(err)
+			}
+			if err := unix.Setxattr(path, "trusted.overlay.redirect", []byte("/etc"), 0); err != nil {
+				t.Fatal(err)
+			}
+		}
+		f, err := os.Open(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { f.Close() })
+		return f
+	}
+	adopt := func(f *os.File, name string) *Temp {
+		t.Helper()
+		temp, err := s.Adopt(f, int(from.Fd()), name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := os.Lstat(filepath.Join(dir, name)); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("%s is still there: %v", name, err)
+		}
+		if _, err := temp.Write([]byte("more")); err == nil {
+			t.Error("an adopted file can be written to")
+		}
+		return temp
+	}
+
+	temp := adopt(file("a", "A"), "a")
+	if err := temp.Publish(key("a")); err != nil {
+		t.Fatal(err)
+	}
+	temp.Discard()
+	if got := read(t, s, key("a")); got != "A" {
+		t.Errorf("object is %q", got)
+	}
+	path := s.Path("objects", key("a").Path())
+	var st unix.Stat_t
+	if err := unix.Lstat(path, &st); err != nil {
+		t.Fatal(err)
+	}
+	n, err := unix.Listxattr(path, nil)
+	if st.Mode != unix.S_IFREG|0o444 || int(st.Uid) != os.Geteuid() || int(st.Gid) != os.Getegid() || n != 0 || err != nil {
+		t.Errorf("object has mode %o, owner %d:%d, %d bytes of xattrs, %v", st.Mode, st.Uid, st.Gid, n, err)
+	}
+
+	adopt(file("b", "B"), "b").Discard()
+
+	temp = adopt(file("c", "another A"), "c") // the object that is there stays
+	if err := temp.Publish(key("a")); err != nil {
+		t.Fatal(err)
+	}
+	temp.Discard()
+	if got := read(t, s, key("a")); got != "A" {
+		t.Errorf("object is %q", got)
+	}
+
+	linked := file("d", "D")
+	if err := os.Link(filepath.Join(dir, "d"), filepath.Join(dir, "d2")); err != nil {
+		t.Fatal(err)
+	}
+	e := file("e", "E")
+	file("f", "F")
+	for _, test := range []struct {
+		f          *os.File
+		name, want string
+	}{
+		{linked, "d", "not a regular file with one name"},
+		{from, "store", "not a regular file with one name"},
+		{e, "gone", "no such file"},
+		{e, "f", "another file took its place"},
+	} {
+		if _, err := s.Adopt(test.f, int(from.Fd()), test.name); err == nil || !strings.Contains(err.Error(), test.want) {
+			t.Errorf("Adopt %s: %v, want %q", test.name, err, test.want)
+		}
+	}
+	if left := names(t, s, "tmp"); len(left) > 0 {
+		t.Errorf("left in tmp: %v", left)
+	}
+}
+
 func TestWriteFile(t *testing.T) {
 	s := open(t, tempDir(t))
 	defer s.Close()

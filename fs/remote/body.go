@@ -16,8 +16,10 @@ type body struct {
 	rc     io.ReadCloser
 	left   int64
 	idle   time.Duration
-	cancel context.CancelCauseFunc // of the request
+	ctx    context.Context         // of the request
+	cancel context.CancelCauseFunc // of ctx
 	blob   *registryBlob           // nil for a manifest
+	from   *endpoint               // of the blob
 	first  []byte                  // read by open, not yet by the reader
 	buf    [512]byte
 	timer  *time.Timer // runs while the network is read
@@ -111,12 +113,19 @@ func (b *body) Read(p []byte) (int, error) {
 	}
 	b.err = err
 	if b.blob != nil {
-		// Where it came from may be what is broken; the next request asks the registry.
+		// Where it came from may be what is broken; the next request asks who named it.
 		b.blob.location.Store(nil)
+		if !errors.Is(context.Cause(b.ctx), context.Canceled) { // else it was the reader who broke off
+			b.blob.brokenBy(b.from)
+		}
 		b.err = b.blob.r.wrap(fmt.Errorf("blob %v: stream broke %d bytes before its end: %w", b.blob.digest, b.left, err))
 	}
 	return n, b.err
 }
+
+// Distrust says that the bytes are not the blob's, so that the next range comes from another host if there is one. The stream does not
+// know: only its reader can check them.
+func (b *body) Distrust() { b.blob.brokenBy(b.from) }
 
 var errStalled = errors.New("nothing arrived")
 

@@ -40,13 +40,30 @@
 // Errors are sentences for the person who typed the reference. A caller branches only
 // on [ErrNotFound] and [ErrNoRanges].
 //
-// # Place of mirrors
+// # Mirrors
 //
-// A Source is one origin. Mirrors will be a Source that holds an ordered list of Sources,
-// and asks the next when one fails; nothing below this package's
-// interface needs to change for them.
+// [Options].Hosts is a folder as containerd's config_path names it, and is read as containerd reads it. The first of
+// HOST_PORT_, HOST:PORT (or HOST) and _default that exists counts. Its hosts.toml lists hosts, with their certificates
+// and headers, and at the end comes the upstream: the server that it names, or else the registry itself. Without a hosts.toml,
+// the folder has docker's *.crt, *.cert and *.key for the registry. Keys that are not known are ignored; a value that is
+// wrong is an error of [Open], where containerd would go on without the file.
+//
+// A request goes to the hosts in that order until one has what is wanted. Whatever else it says, or nothing at all for
+// ten seconds, is its error, and the next is asked at once. If all fail, those whose trouble may pass are asked
+// again: mirrors once, the upstream with the patience that a registry has when it is alone. The error says what each
+// said, and is [ErrNotFound] or [ErrNoRanges] if the upstream's is. Three things change the order:
+//
+//   - Who answered last for a blob is asked first for its next range.
+//   - Whose stream of a blob broke, or brought bytes that were not the blob's, is asked last for it. So a reader who asks again for
+//     what is missing gets it from elsewhere.
+//   - A host that could not be reached, or was silent, is asked last for half a minute, by all images of the process.
+//     A dead mirror thus costs who meets it first, and not each range.
+//
+// No error is kept. A host without "resolve" among its capabilities is not asked what a tag means. A host that is not the namespace's own
+// is told it: ?ns=docker.io. Each host has a login of its own, which is looked up by its name (registry-1.docker.io's by
+// index.docker.io's, as docker login keeps it), and headers that are set for it go to it only, not to where it redirects.
 //
 // Sources: the OCI distribution, image and image-layout specifications
 // (https://github.com/opencontainers), the registry token protocol
-// (https://distribution.github.io/distribution/spec/auth/token/), RFC 9110 for ranges.
+// (https://distribution.github.io/distribution/spec/auth/token/), RFC 9110 for ranges, containerd's docs/hosts.md.
 package remote

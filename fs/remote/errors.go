@@ -49,7 +49,7 @@ func (d *denied) Error() string {
 }
 
 // explain says in a user's words why host gave no answer, and whether asking again may help.
-func (r *registry) explain(ctx context.Context, w *want, host string, err error) error {
+func (e *endpoint) explain(ctx context.Context, w *want, host string, err error) error {
 	if ctx.Err() != nil {
 		return fmt.Errorf("%s: %w", w.what, context.Cause(ctx))
 	}
@@ -77,12 +77,12 @@ func (r *registry) explain(ctx context.Context, w *want, host string, err error)
 	case errors.As(err, &alert):
 		return fmt.Errorf("%s refuses the TLS that is spoken here: %w", host, err)
 	case isPlain(err):
-		return fmt.Errorf("%s does not speak TLS (%w): without, only registries on this machine and in private networks are accepted", host, err)
+		return fmt.Errorf("%s does not speak TLS (%w): without, only registries on this machine, in private networks, and named with http:// in a hosts.toml are accepted", host, err)
 	case errors.As(err, &dns) && dns.IsNotFound:
 		return fmt.Errorf("there is no host %s (%w): check the registry's name", host, err)
 	case errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, syscall.EHOSTUNREACH), errors.Is(err, syscall.ENETUNREACH):
 		err = fmt.Errorf("nothing answers at %s (%w): check the registry's name and port, and that it runs", host, err)
-		if host == r.host && !r.answered.Load() {
+		if host == e.host && !e.answered.Load() {
 			return err // it never answered: more likely it is misspelt than restarting
 		}
 		return &transient{err: err}
@@ -128,7 +128,7 @@ func temporary(status int) bool {
 }
 
 // refused says what an answer without the wanted bytes means.
-func (r *registry) refused(w *want, resp *http.Response) error {
+func (e *endpoint) refused(w *want, resp *http.Response) error {
 	status := fmt.Sprintf("%d %s", resp.StatusCode, http.StatusText(resp.StatusCode))
 	var said *transport.Error
 	if err := transport.CheckError(resp); errors.As(err, &said) && len(said.Errors) > 0 {
@@ -136,8 +136,8 @@ func (r *registry) refused(w *want, resp *http.Response) error {
 	}
 	host := resp.Request.URL.Host
 	switch code := resp.StatusCode; {
-	case (code == http.StatusUnauthorized || code == http.StatusForbidden) && host == r.host:
-		return &denied{host: r.host, user: r.auth.current().user, why: status}
+	case (code == http.StatusUnauthorized || code == http.StatusForbidden) && host == e.host:
+		return &denied{host: e.auth.repo.RegistryStr(), user: e.auth.current().user, why: status}
 	case code == http.StatusNotFound && w.blob == nil:
 		return fmt.Errorf("%w: %s has no such repository, tag or digest (%s): check the image's name", ErrNotFound, host, status)
 	case code == http.StatusNotFound:

@@ -2,6 +2,7 @@ package remote
 
 import (
 	"fmt"
+	"path/filepath"
 	"strings"
 
 	"github.com/google/go-containerregistry/pkg/name"
@@ -89,3 +90,38 @@ func (r Reference) Tag() string { return r.tag }
 // Name returns the name of an image in a registry, with docker's defaults filled
 // in, and nil for the other kinds.
 func (r Reference) Name() name.Reference { return r.name }
+
+// At returns a reference to what lies at the same place and has the digest, whatever tag r names.
+func (r Reference) At(digest v1.Hash) Reference {
+	switch r.kind {
+	case Registry:
+		r.name = r.name.Context().Digest(digest.String())
+		r.text = r.name.String()
+	case Layout, Archive:
+		prefix := layoutPrefix
+		if r.kind == Archive {
+			prefix = archivePrefix
+		}
+		r.tag, r.digest = "", digest
+		r.text = prefix + r.path + "@" + digest.String()
+	}
+	return r
+}
+
+// Abs returns r with its path, if it has one, made absolute: so that it means the same to another process.
+func (r Reference) Abs() (Reference, error) {
+	if r.kind != Layout && r.kind != Archive {
+		return r, nil
+	}
+	path, err := filepath.Abs(r.path)
+	if err != nil {
+		return r, err
+	}
+	prefix := layoutPrefix
+	if r.kind == Archive {
+		prefix = archivePrefix
+	}
+	r.text = prefix + path + strings.TrimPrefix(r.text, prefix+r.path)
+	r.path = path
+	return r, nil
+}

@@ -11,7 +11,6 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptrace"
-	"net/netip"
 	"net/url"
 	"runtime/debug"
 	"strconv"
@@ -20,7 +19,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/google/go-containerregistry/pkg/authn"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/types"
 )
@@ -76,17 +74,13 @@ var userAgent = sync.OnceValue(func() string {
 
 // registry is the Source of an image in a registry.
 type registry struct {
-	ref      Reference
-	host     string
-	http     http.RoundTripper // counts
-	stats    *counts
-	log      *slog.Logger
-	patience patience
-	auth     *auth
-
-	answered atomic.Bool            // the registry exists
-	scheme   atomic.Pointer[string] // what the registry speaks, once it has answered
-	mayPlain bool                   // HTTP is allowed if HTTPS is not spoken
+	ref       Reference
+	host      string      // that the reference names
+	from      string      // the file or folder that names the endpoints; "" is none
+	endpoints []*endpoint // in the order in which they are asked at first; the last is the upstream
+	stats     *counts
+	log       *slog.Logger
+	patience  patience
 
 	mu    sync.Mutex // not held across I/O
 	root  *root      // nil until it was read
@@ -98,12 +92,35 @@ type root struct {
 	raw  []byte
 }
 
+// openRegistry returns the Source with the endpoints that opts.Hosts has for the registry.
+func openRegistry(ref Reference, opts Options) (Source, error) {
+	r := newRegistry(ref, opts)
+	found, err := readHosts(opts.Hosts, namespace(r.host))
+	if err != nil {
+		return nil, r.wrap(err)
+	}
+	if found == nil {
+		return r, nil
+	}
+	r.from, r.endpoints = found.from, nil
+	for _, h := range found.list {
+		l, err := h.link(cmp.Or(h.at.RegistryStr(), r.host), opts.Transport)
+		if err != nil {
+			return nil, r.wrap(fmt.Errorf("%s: %w", found.from, err))
+		}
+		if h.pull {
+			r.endpoints = append(r.endpoints, newEndpoint(ref.name.Context(), &h, l, r.stats, opts))
+		}
+	}
+	return r, nil
+}
+
+// newRegistry returns the Source with one endpoint, the registry itself.
 func newRegistry(ref Reference, opts Options) *registry {
-	stats := new(counts)
 	r := &registry{
 		ref:      ref,
 		host:     ref.name.Context().RegistryStr(),
-		stats:    stats,
+		stats:    new(counts),
 		log:      opts.Logger,
 		patience: defaultPatience,
 		blobs:    make(map[v1.Hash]*registryBlob),
@@ -111,36 +128,12 @@ func newRegistry(ref Reference, opts Options) *registry {
 	if r.log == nil {
 		r.log = slog.New(slog.DiscardHandler)
 	}
-	inner := opts.Transport
-	if inner == nil {
-		inner = sharedTransport()
+	l := &link{transport: opts.Transport}
+	if l.transport == nil {
+		l.transport = sharedTransport()
 	}
-	r.http = &counting{inner, stats}
-	r.mayPlain = isNear(r.host)
-	if opts.PlainHTTP {
-		plain := "http"
-		r.scheme.Store(&plain)
-	}
-	keychain := opts.Keychain
-	if keychain == nil {
-		keychain = authn.DefaultKeychain
-	}
-	r.auth = newAuth(ref.name.Context(), keychain, r.http)
+	r.endpoints = []*endpoint{newEndpoint(ref.name.Context(), &host{pull: true, tags: true}, l, r.stats, opts)}
 	return r
-}
-
-// isNear reports whether host (with or without a port) is this machine or has an address of a
-// private network, where docker too accepts a registry without TLS.
-func isNear(host string) bool {
-	if h, _, err := net.SplitHostPort(host); err == nil {
-		host = h
-	}
-	host = strings.Trim(host, "[]")
-	if host == "localhost" || strings.HasSuffix(host, ".localhost") {
-		return true
-	}
-	ip, err := netip.ParseAddr(host)
-	return err == nil && (ip.IsLoopback() || ip.IsPrivate())
 }
 
 func (r *registry) Close() error { return nil }
@@ -155,36 +148,45 @@ func (r *registry) Root(ctx context.Context) (v1.Descriptor, []byte, error) {
 	r.mu.Unlock()
 	if known == nil {
 		id := r.ref.name.Identifier()
-		raw, header, err := r.manifest(ctx, id)
+		var read *root
+		err := r.manifest(ctx, id, func(raw []byte, header http.Header) (err error) {
+			read, err = newRoot(id, raw, header)
+			return err
+		})
 		if err != nil {
 			return v1.Descriptor{}, nil, r.wrap(err)
-		}
-		digest := sum(raw)
-		if strings.HasPrefix(id, "sha256:") {
-			digest, err = v1.NewHash(id)
-		} else if said, serr := v1.NewHash(header.Get("Docker-Content-Digest")); serr == nil && said.Algorithm == "sha256" {
-			// Names nothing that can be relied on, but shows damage on the way.
-			digest = said
-		}
-		if err == nil {
-			err = verify("manifest", digest, raw)
-		}
-		if err != nil {
-			return v1.Descriptor{}, nil, r.wrap(err)
-		}
-		mt, _, _ := strings.Cut(header.Get("Content-Type"), ";")
-		t, err := manifestType(raw, types.MediaType(strings.TrimSpace(mt)))
-		if err != nil {
-			return v1.Descriptor{}, nil, r.wrap(fmt.Errorf("manifest %v: %w", digest, err))
 		}
 		r.mu.Lock()
 		if r.root == nil { // else another caller was first, and a tag may have moved between
-			r.root = &root{v1.Descriptor{MediaType: t, Size: int64(len(raw)), Digest: digest}, raw}
+			r.root = read
 		}
 		known = r.root
 		r.mu.Unlock()
 	}
 	return known.desc, known.raw, nil
+}
+
+// newRoot returns what a tag or digest names if the answer fits it.
+func newRoot(id string, raw []byte, header http.Header) (*root, error) {
+	digest, err := sum(raw), error(nil)
+	if strings.HasPrefix(id, "sha256:") {
+		digest, err = v1.NewHash(id)
+	} else if said, serr := v1.NewHash(header.Get("Docker-Content-Digest")); serr == nil && said.Algorithm == "sha256" {
+		// Names nothing that can be relied on, but shows damage on the way.
+		digest = said
+	}
+	if err == nil {
+		err = verify("manifest", digest, raw)
+	}
+	if err != nil {
+		return nil, err
+	}
+	mt, _, _ := strings.Cut(header.Get("Content-Type"), ";")
+	t, err := manifestType(raw, types.MediaType(strings.TrimSpace(mt)))
+	if err != nil {
+		return nil, fmt.Errorf("manifest %v: %w", digest, err)
+	}
+	return &root{v1.Descriptor{MediaType: t, Size: int64(len(raw)), Digest: digest}, raw}, nil
 }
 
 func (r *registry) Manifest(ctx context.Context, desc v1.Descriptor) ([]byte, error) {
@@ -197,17 +199,18 @@ func (r *registry) Manifest(ctx context.Context, desc v1.Descriptor) ([]byte, er
 	if err := checkHash(desc.Digest); err != nil {
 		return nil, r.wrap(fmt.Errorf("manifest %.100q: %w", desc.Digest, err))
 	}
-	raw, _, err := r.manifest(ctx, desc.Digest.String())
-	if err == nil {
-		err = verify("manifest", desc.Digest, raw)
-	}
-	if err == nil && int64(len(raw)) != desc.Size {
-		err = fmt.Errorf("manifest %v: has %d bytes, and its index says %d", desc.Digest, len(raw), desc.Size)
-	}
-	if err != nil {
-		return nil, r.wrap(err)
-	}
-	return raw, nil
+	var manifest []byte
+	err := r.manifest(ctx, desc.Digest.String(), func(raw []byte, _ http.Header) error {
+		if err := verify("manifest", desc.Digest, raw); err != nil {
+			return err
+		}
+		if desc.Size >= 0 && int64(len(raw)) != desc.Size {
+			return fmt.Errorf("manifest %v: has %d bytes, and its index says %d", desc.Digest, len(raw), desc.Size)
+		}
+		manifest = raw
+		return nil
+	})
+	return manifest, r.wrap(err)
 }
 
 func (r *registry) wrap(err error) error { return wrap(r.ref, err) }
@@ -217,29 +220,26 @@ var acceptManifests = strings.Join([]string{
 	string(types.OCIManifestSchema1), string(types.DockerManifestSchema2),
 }, ", ")
 
-// manifest returns the bytes that a tag or digest names, not verified.
-func (r *registry) manifest(ctx context.Context, id string) (raw []byte, _ http.Header, _ error) {
-	want := &want{what: "manifest " + id, path: "manifests/" + id, accept: acceptManifests}
-	var header http.Header
-	err := r.retry(ctx, want.what, func() error {
-		ctx, cancel := context.WithCancelCause(ctx)
-		defer cancel(nil)
-		resp, err := r.ask(ctx, want)
+// manifest reads what a tag or digest names, from the first endpoint whose answer check accepts.
+func (r *registry) manifest(ctx context.Context, id string, check func([]byte, http.Header) error) error {
+	want := &want{what: "manifest " + id, path: "manifests/" + id, accept: acceptManifests, tag: !strings.HasPrefix(id, "sha256:")}
+	return r.fetch(ctx, want, func(ctx context.Context, cancel context.CancelCauseFunc, e *endpoint) error {
+		resp, err := e.ask(ctx, want)
 		if err != nil {
+			cancel(nil)
 			return err
 		}
-		b := &body{rc: resp.Body, left: maxManifest + 1, idle: r.patience.idle, cancel: cancel}
+		b := &body{rc: resp.Body, left: maxManifest + 1, idle: r.patience.idle, ctx: ctx, cancel: cancel}
 		defer b.Close()
-		if raw, err = io.ReadAll(b); err != nil && !(errors.Is(err, io.ErrUnexpectedEOF) && b.ended) {
+		raw, err := io.ReadAll(b)
+		if err != nil && !(errors.Is(err, io.ErrUnexpectedEOF) && b.ended) {
 			return &transient{err: fmt.Errorf("%s: %w", want.what, err)}
 		}
 		if len(raw) > maxManifest {
 			return fmt.Errorf("%s: more than %d bytes", want.what, maxManifest)
 		}
-		header = resp.Header
-		return nil
+		return check(raw, resp.Header)
 	})
-	return raw, header, err
 }
 
 // Blob returns the one registryBlob per digest, so that all share what is known
@@ -260,7 +260,17 @@ type registryBlob struct {
 	r        *registry
 	digest   v1.Hash
 	size     int64
-	location atomic.Pointer[url.URL] // where the registry redirected to, if it did, until that fails
+	location atomic.Pointer[location] // where the content is, if an endpoint redirected there, until that fails
+
+	mu    sync.Mutex
+	last  *endpoint          // who answered last, or nil
+	broke map[*endpoint]bool // whose streams broke, or brought what they must not; never all of several
+}
+
+// location is where an endpoint redirected to.
+type location struct {
+	to   *url.URL
+	from *endpoint
 }
 
 func (b *registryBlob) Size() int64 { return b.size }
@@ -281,14 +291,13 @@ func (b *registryBlob) Range(ctx context.Context, off, n int64) (io.ReadCloser, 
 		return nil, b.r.wrap(fmt.Errorf("%.100q: %w", want.what, err))
 	}
 	var stream *body
-	err := b.r.retry(ctx, want.what, func() error {
-		ctx, cancel := context.WithCancelCause(ctx)
-		resp, err := b.r.ask(ctx, want)
+	err := b.r.fetch(ctx, want, func(ctx context.Context, cancel context.CancelCauseFunc, e *endpoint) error {
+		resp, err := e.ask(ctx, want)
 		if err != nil {
 			cancel(nil)
 			return err
 		}
-		stream = &body{rc: resp.Body, left: n, idle: b.r.patience.idle, cancel: cancel, blob: b}
+		stream = &body{rc: resp.Body, left: n, idle: b.r.patience.idle, ctx: ctx, cancel: cancel, blob: b, from: e}
 		if err := stream.open(resp, off); err != nil {
 			stream.Close()
 			return fmt.Errorf("%s: %w", want.what, err)
@@ -301,11 +310,46 @@ func (b *registryBlob) Range(ctx context.Context, off, n int64) (io.ReadCloser, 
 	return stream, nil
 }
 
+// answeredBy notes that e has the blob.
+func (b *registryBlob) answeredBy(e *endpoint) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.last = e
+	delete(b.broke, e)
+}
+
+// brokenBy notes that a stream from e was no good, so that the others are asked before it.
+func (b *registryBlob) brokenBy(e *endpoint) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.last == e {
+		b.last = nil
+	}
+	if b.broke == nil || len(b.broke) >= len(b.r.endpoints)-1 {
+		b.broke = make(map[*endpoint]bool) // it goes round
+	}
+	b.broke[e] = true
+}
+
+// rank is when e is asked for the blob: 0 is first.
+func (b *registryBlob) rank(e *endpoint) int {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	switch {
+	case b.broke[e]:
+		return 2
+	case b.last == e:
+		return 0
+	}
+	return 1
+}
+
 // want is what one request is to bring.
 type want struct {
 	what   string // for errors
 	path   string // below /v2/NAME/
 	accept string
+	tag    bool          // it has no digest to check against
 	blob   *registryBlob // nil for manifests
 	off, n int64         // of a blob
 }
@@ -313,148 +357,6 @@ type want struct {
 // whole reports whether no Range header is needed. Without it a
 // server that knows no ranges cannot be told from one that does, nor need it be.
 func (w *want) whole() bool { return w.blob == nil || w.off == 0 && w.n == w.blob.size }
-
-// ask sends a request until it has an answer with the wanted bytes, or an
-// error. It knows of redirects, and nothing of retries.
-func (r *registry) ask(ctx context.Context, w *want) (*http.Response, error) {
-	if w.blob != nil {
-		if to := w.blob.location.Load(); to != nil {
-			resp, err := r.send(ctx, to, w, "")
-			if err == nil && success(resp.StatusCode) {
-				return resp, nil
-			}
-			// Signed addresses expire, and stores answer that in many ways. Whatever it was, the
-			// registry is asked again, and only what it says now counts.
-			if err == nil {
-				discard(resp)
-			} else if ctx.Err() != nil {
-				return nil, context.Cause(ctx)
-			}
-			w.blob.location.CompareAndSwap(to, nil)
-		}
-	}
-	host := r.host
-	resp, err := r.askRegistry(ctx, w)
-	const maxHops = 5
-	for hop := 0; err == nil && isRedirect(resp.StatusCode); hop++ {
-		from := resp.Request.URL
-		to, lerr := from.Parse(resp.Header.Get("Location"))
-		discard(resp)
-		switch {
-		case hop == maxHops:
-			return nil, fmt.Errorf("%s: %s redirects more than %d times", w.what, r.host, maxHops)
-		case lerr != nil || resp.Header.Get("Location") == "":
-			return nil, fmt.Errorf("%s: %s redirects to nowhere", w.what, r.host)
-		case to.Scheme != "https" && (to.Scheme != "http" || from.Scheme == "https" && !isNear(to.Host)):
-			return nil, fmt.Errorf("%s: %s redirects to %.100q, which is not protected by TLS", w.what, r.host, to.Scheme+"://"+to.Host)
-		}
-		host = to.Host
-		authorization := ""
-		if to.Host == from.Host && to.Host == r.host && to.Scheme == from.Scheme {
-			authorization = r.auth.current().header
-		}
-		if resp, err = r.send(ctx, to, w, authorization); err == nil && success(resp.StatusCode) && w.blob != nil && authorization == "" {
-			w.blob.location.Store(to)
-		}
-	}
-	if err != nil {
-		return nil, r.explain(ctx, w, host, err)
-	}
-	if !success(resp.StatusCode) {
-		defer discard(resp)
-		return nil, r.refused(w, resp)
-	}
-	return resp, nil
-}
-
-func success(status int) bool { return status == http.StatusOK || status == http.StatusPartialContent }
-
-func isRedirect(status int) bool {
-	return status == http.StatusMovedPermanently || status == http.StatusFound || status == http.StatusSeeOther ||
-		status == http.StatusTemporaryRedirect || status == http.StatusPermanentRedirect
-}
-
-// discard closes a response that is not wanted; a short body is read first, so that
-// the connection can be used again.
-func discard(resp *http.Response) {
-	if resp.ContentLength >= 0 && resp.ContentLength <= 4<<10 {
-		io.Copy(io.Discard, io.LimitReader(resp.Body, 4<<10))
-	}
-	resp.Body.Close()
-}
-
-// askRegistry sends a request to the registry itself, and once more with new credentials when it is
-// refused. 403 counts too: some registries say that of tokens that have expired.
-func (r *registry) askRegistry(ctx context.Context, w *want) (*http.Response, error) {
-	used := r.auth.current()
-	for renewed := false; ; renewed = true {
-		resp, err := r.sendRegistry(ctx, w, used.header)
-		if err != nil || renewed || resp.StatusCode != http.StatusUnauthorized && resp.StatusCode != http.StatusForbidden {
-			return resp, err
-		}
-		next, err := r.auth.renew(ctx, used, resp)
-		if err != nil {
-			discard(resp)
-			return nil, err
-		}
-		if next == used {
-			return resp, nil
-		}
-		discard(resp)
-		used = next
-	}
-}
-
-// sendRegistry sends a request by the scheme that the registry speaks, and finds out which with the
-// first one.
-func (r *registry) sendRegistry(ctx context.Context, w *want, authorization string) (*http.Response, error) {
-	u := &url.URL{Host: r.host, Path: "/v2/" + r.ref.name.Context().RepositoryStr() + "/" + w.path}
-	if known := r.scheme.Load(); known != nil {
-		u.Scheme = *known
-		return r.send(ctx, u, w, authorization)
-	}
-	u.Scheme = "https"
-	resp, err := r.send(ctx, u, w, authorization)
-	if err != nil && r.mayPlain && speaksNoTLS(err) {
-		plain := *u
-		plain.Scheme = "http"
-		presp, perr := r.send(ctx, &plain, w, "")
-		// A server that does speak TLS answers 400 to HTTP on that port: then TLS broke by chance.
-		if perr == nil && presp.StatusCode == http.StatusBadRequest {
-			discard(presp)
-			return nil, err
-		}
-		u, resp, err = &plain, presp, perr
-	}
-	if err == nil {
-		r.scheme.CompareAndSwap(nil, &u.Scheme)
-	}
-	return resp, err
-}
-
-// send sends one request, and is all that leaves this machine for content.
-
-func (r *registry) send(ctx context.Context, u *url.URL, w *want, authorization string) (*http.Response, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
-	if err != nil {
-		return nil, err
-	}
-	if w.accept != "" {
-		req.Header.Set("Accept", w.accept)
-	}
-	req.Header.Set("Accept-Encoding", "identity")
-	if !w.whole() {
-		req.Header.Set("Range", fmt.Sprintf("bytes=%d-%d", w.off, w.off+w.n-1))
-	}
-	if authorization != "" {
-		req.Header.Set("Authorization", authorization)
-	}
-	resp, err := r.http.RoundTrip(req)
-	if err == nil && u.Host == r.host {
-		r.answered.Store(true)
-	}
-	return resp, err
-}
 
 // transient marks an error after which the same request may succeed.
 type transient struct {

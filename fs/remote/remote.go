@@ -44,6 +44,10 @@ type Options struct {
 	// PlainHTTP speaks HTTP without TLS at once, also with public registries. False tries TLS
 	// first, and never goes without for public names.
 	PlainHTTP bool
+	// Hosts is the folder with what containerd reads of registries, the config_path of its configuration
+	// (also a list of folders, as there). HOST/hosts.toml in it names mirrors, certificates and headers, see
+	// the package's doc. "" is none. It is read by [Open].
+	Hosts string
 	// Logger hears of retries, at level debug. Nil is silent.
 	Logger *slog.Logger
 }
@@ -57,8 +61,8 @@ type Source interface {
 	// lifetime, also when a tag moves meanwhile.
 	Root(ctx context.Context) (v1.Descriptor, []byte, error)
 
-	// Manifest returns the manifest or index that desc names, which have its size and
-	// digest. The bytes are not to be modified.
+	// Manifest returns the manifest or index that desc names, which have its digest and, unless that is
+	// negative, its size. The bytes are not to be modified.
 	Manifest(ctx context.Context, desc v1.Descriptor) ([]byte, error)
 
 	// Blob returns the blob that desc names. It does no I/O: that the blob is there and has
@@ -94,13 +98,13 @@ type Stats struct {
 	Bytes int64
 }
 
-// Open returns the source of ref's content. For a registry it does no I/O yet. A
+// Open returns the source of ref's content. For a registry it asks nobody yet, and reads what Options.Hosts has. A
 // Layout's index and an Archive's members are read here; an archive in docker's old form, which has
 // no digests, is read once as a whole to compute them.
 func Open(ctx context.Context, ref Reference, opts Options) (Source, error) {
 	switch ref.kind {
 	case Registry:
-		return newRegistry(ref, opts), nil
+		return openRegistry(ref, opts)
 	case Layout:
 		return openLayout(ctx, ref)
 	case Archive:
@@ -124,7 +128,11 @@ func readBlob(ctx context.Context, src Source, desc v1.Descriptor, limit int64) 
 	if desc.Size < 0 || desc.Size > limit {
 		return nil, fmt.Errorf("blob %v: its descriptor says %d bytes, of which at most %d are read", desc.Digest, desc.Size, limit)
 	}
-	const tries = 3
+	tries, others := 3, 1
+	if r, ok := src.(*registry); ok {
+		others = len(r.endpoints)
+		tries = max(tries, others+1)
+	}
 	for try := 1; ; try++ {
 		rc, err := src.Blob(desc).Range(ctx, 0, desc.Size)
 		if err != nil {
@@ -138,7 +146,10 @@ func readBlob(ctx context.Context, src Source, desc v1.Descriptor, limit int64) 
 			if err = verify("blob", desc.Digest, buf.Bytes()); err == nil {
 				return buf.Bytes(), nil
 			}
-			try = max(try, tries-1) // once more will do
+			if stream, ok := rc.(*body); ok {
+				stream.Distrust()
+			}
+			try = max(try, tries-others) // once more from each will do
 		}
 		if try == tries || ctx.Err() != nil {
 			return nil, err

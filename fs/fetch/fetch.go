@@ -108,6 +108,11 @@ type Stats struct {
 	Errors   int64 // reads that failed
 }
 
+// Since returns what was done after before.
+func (s Stats) Since(before Stats) Stats {
+	return Stats{s.Requests - before.Requests, s.Fetched - before.Fetched, s.Needed - before.Needed, s.Misses - before.Misses, s.Errors - before.Errors}
+}
+
 // A Queue fetches for all mounted images of a node. It may be used by several goroutines.
 type Queue struct {
 	store   *store.Store
@@ -134,6 +139,7 @@ type Queue struct {
 	gzips, zstds sync.Pool // of decompressors
 
 	requests, fetched, needed, misses, errors atomic.Int64
+	waits                                     waits
 	lastFull                                  atomic.Int64 // when a full store was last logged, in Unix seconds
 }
 
@@ -222,6 +228,48 @@ func (q *Queue) Remove(l *Layer) {
 	q.unused.Init()
 }
 
+// waitBounds are what reads that wait for a network take: from a fast link's round trip to the read timeout.
+var waitBounds = [...]time.Duration{
+	time.Millisecond, 2500 * time.Microsecond, 5 * time.Millisecond, 10 * time.Millisecond, 25 * time.Millisecond, 50 * time.Millisecond,
+	100 * time.Millisecond, 250 * time.Millisecond, 500 * time.Millisecond, time.Second, 2500 * time.Millisecond, 10 * time.Second, time.Minute,
+}
+
+// waits counts how long demand reads waited.
+type waits struct {
+	counts [len(waitBounds) + 1]atomic.Int64
+	sum    atomic.Int64
+}
+
+func (w *waits) add(d time.Duration) {
+	i := 0
+	for i < len(waitBounds) && d > waitBounds[i] {
+		i++
+	}
+	w.counts[i].Add(1)
+	w.sum.Add(int64(d))
+}
+
+// Waits says how long reads waited for the network.
+type Waits struct {
+	Bounds []time.Duration
+	Counts []int64 // of reads that took at most the bound of the same index, and longer than the one before
+	Total  int64   // of all reads that waited
+	Sum    time.Duration
+}
+
+// Waits returns how long reads waited so far.
+func (q *Queue) Waits() Waits {
+	w := Waits{Bounds: waitBounds[:], Sum: time.Duration(q.waits.sum.Load())}
+	for i := range q.waits.counts {
+		n := q.waits.counts[i].Load()
+		w.Total += n
+		if i < len(waitBounds) {
+			w.Counts = append(w.Counts, n)
+		}
+	}
+	return w
+}
+
 // Stats returns what the queue has done so far.
 func (q *Queue) Stats() Stats {
 	return Stats{q.requests.Load(), q.fetched.Load(), q.needed.Load(), q.misses.Load(), q.errors.Load()}
@@ -286,6 +334,10 @@ func (q *Queue) find(id uint64) ([]source, int, error) {
 	return append(lazy, whole...), changes, nil
 }
 
+// WaitQuiet returns when no demand read waits, or with an error when ctx ends: for who wants the link for
+// something that nobody waits for.
+func (q *Queue) WaitQuiet(ctx context.Context) error { return q.waitQuiet(ctx, nil) }
+
 // waitQuiet returns when no demand read waits, when promoted is closed, or with an error when ctx ends.
 func (q *Queue) waitQuiet(ctx context.Context, promoted <-chan struct{}) error {
 	for q.waiting.Load() > 0 {
@@ -312,7 +364,9 @@ func (q *Queue) waitQuiet(ctx context.Context, promoted <-chan struct{}) error {
 // wait counts a demand read as waiting until the returned function is called.
 func (q *Queue) wait() (done func()) {
 	q.waiting.Add(1)
+	begun := time.Now()
 	return func() {
+		q.waits.add(time.Since(begun))
 		if q.waiting.Add(-1) > 0 {
 			return
 		}
@@ -343,6 +397,35 @@ func (q *Queue) Fill(ctx context.Context, layers ...*Layer) error {
 		}
 	}
 	return nil
+}
+
+// Complete reports whether everything of l, which was added, is in the store.
+func (q *Queue) Complete(l *Layer) bool { return q.complete(l) }
+
+// Under is what is being fetched of one layer.
+type Under struct {
+	Layer   string // its name
+	Members int
+	Waiting bool // a demand read waits for some of it
+}
+
+// Under returns what is being fetched, a line per layer, in no order.
+func (q *Queue) Under() []Under {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	at := map[*Layer]int{}
+	var list []Under
+	for id, f := range q.flights {
+		i, ok := at[id.layer]
+		if !ok {
+			i = len(list)
+			at[id.layer] = i
+			list = append(list, Under{Layer: id.layer.Name})
+		}
+		list[i].Members++
+		list[i].Waiting = list[i].Waiting || f.waiters.Load() > 0
+	}
+	return list
 }
 
 // complete reports whether everything of l is in the store.

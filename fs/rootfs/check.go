@@ -62,6 +62,7 @@ func (r *Report) Problems() int {
 
 // InspectOptions configures Inspect and Check.
 type InspectOptions struct {
+	Hosts    string         // containerd's directory of registry hosts; "" is none
 	Platform *v1.Platform   // nil is this machine's
 	Keychain authn.Keychain // nil is docker's configuration and credential helpers
 	Progress func(n int64)  // called by Check with bytes that came, from several goroutines; nil drops it
@@ -95,7 +96,7 @@ func Check(ctx context.Context, ref remote.Reference, o InspectOptions) (*Report
 }
 
 func report(ctx context.Context, ref remote.Reference, o InspectOptions, look func(context.Context, *layer, *LayerReport) error) (*Report, error) {
-	src, err := remote.Open(ctx, ref, remote.Options{Keychain: o.Keychain})
+	src, err := remote.Open(ctx, ref, remote.Options{Keychain: o.Keychain, Hosts: o.Hosts})
 	if err != nil {
 		return nil, err
 	}

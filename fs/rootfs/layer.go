@@ -162,7 +162,12 @@ func (l *layer) open(ctx context.Context, n *Node, o *MountOptions) (*toc.TOC, e
 		}
 		return nil, fmt.Errorf("%s: %w", l.name(), err)
 	}
-	return t, l.keep(n, func(f *os.File) error {
+	return t, l.keepWhole(n, t)
+}
+
+// keepWhole writes down the TOC of a layer that is not lazy.
+func (l *layer) keepWhole(n *Node, t *toc.TOC) error {
+	return l.keep(n, func(f *os.File) error {
 		// It is what Go's gob makes of it: the file is ours, and read by this program only.
 		z, err := zstd.NewWriter(f, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderConcurrency(1))
 		if err != nil {

@@ -74,6 +74,7 @@ func mountEROFS(image, dir string) error {
 type overlay struct {
 	meta, objects, server string
 	upper, work           string
+	durable               bool // what is written is kept
 }
 
 // mountOverlay puts the parts together at dir.
@@ -83,8 +84,10 @@ func mountOverlay(o overlay, dir string) error {
 	options := []string{"lowerdir=" + escape(o.meta) + "::" + escape(o.objects) + "::" + escape(o.server), "metacopy=on"}
 	flags := uintptr(unix.MS_NOATIME)
 	if o.upper != "" {
-		// What is written is thrown away, so nobody need wait for the disk: volatile.
-		options = append(options, "redirect_dir=on", "upperdir="+escape(o.upper), "workdir="+escape(o.work), "volatile")
+		options = append(options, "redirect_dir=on", "upperdir="+escape(o.upper), "workdir="+escape(o.work))
+		if !o.durable {
+			options = append(options, "volatile") // it is thrown away, so nobody need wait for the disk
+		}
 	} else {
 		options = append(options, "redirect_dir=follow")
 		flags |= unix.MS_RDONLY
@@ -136,6 +139,7 @@ type mountPoint struct {
 	id             int
 	dir            string
 	fstype, source string
+	options        string // of the file system
 }
 
 // mountPoints returns what is mounted, in the order in which it was. See proc_pid_mountinfo(5).
@@ -154,7 +158,7 @@ func mountPoints() ([]mountPoint, error) {
 		m := mountPoint{id: id, dir: unescape(fields[4])}
 		for i := 6; i+2 < len(fields); i++ {
 			if fields[i] == "-" {
-				m.fstype, m.source = fields[i+1], unescape(fields[i+2])
+				m.fstype, m.source, m.options = fields[i+1], unescape(fields[i+2]), unescape(strings.Join(fields[i+3:], " "))
 				break
 			}
 		}

@@ -18,6 +18,13 @@
 //	store/         see package store
 //	images/        a record for each image that is kept (see [Node.Images])
 //	run/PID.N/     mount points and upper folders of a process; its lock file is locked while it lives
+//
+// and of a node that is a daemon's, whose mounts outlive the process (see [Options.Daemon]):
+//
+//	server/        where the object server is mounted
+//	chains/CHAIN/  metadata images, mounted once for all that use them
+//	mounts/N/      what run/PID.N/M is for others
+//	snapshots/ID/  containerd's snapshots; of those, what this package knows are the records in them
 package rootfs
 
 import (
@@ -37,6 +44,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/authn"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sync/singleflight"
 	"golang.org/x/sys/unix"
 
 	"lazuli/fs/fetch"
@@ -52,22 +60,36 @@ type Options struct {
 	Logger *slog.Logger // nil is silent
 	// ReadTimeout is how long a read waits for the network. Zero is a minute.
 	ReadTimeout time.Duration
+	// Hosts is containerd's directory of registry hosts, such as /etc/containerd/certs.d. "" is none.
+	Hosts string
+	// Keychain has the registries' credentials where no other is given. Nil is docker's configuration and
+	// credential helpers.
+	Keychain authn.Keychain
+	// Daemon makes mounts that outlive the process: [Node.Serve] begins to serve them, or goes on where another
+	// process was. Only one process at a time can have a root folder so.
+	Daemon bool
 }
 
 // A Node is one root folder in use by one process. It may be used by several goroutines.
 type Node struct {
 	root   string
-	run    string   // run/PID.N
-	lock   *os.File // run/PID.N/lock
+	run    string   // run/PID.N, or mounts if it is a daemon's
+	lock   *os.File // run/PID.N/lock, or daemon.lock
+	daemon bool
+	o      Options
 	log    *slog.Logger
 	store  *store.Store
 	queue  *fetch.Queue
 	server *serve.Server // nil until the first Mount
 
-	mu     sync.Mutex
-	mounts int // ever made, for names
+	mu      sync.Mutex
+	mounts  int // ever made, for names
+	sources map[string]remote.Source
+	used    map[string]*usedLayer
 
-	unpacking chan struct{} // holds a token for each layer that is being unpacked
+	sweeping  sync.RWMutex       // held exclusively while chains are unmounted
+	building  singleflight.Group // of metadata images and their mounts
+	unpacking chan struct{}      // holds a token for each layer that is being unpacked
 }
 
 // sideBySide is how many layers are unpacked at the same time: a compressed stream may ask for a window of 128 MiB,
@@ -99,14 +121,26 @@ func Open(root string, o Options) (*Node, error) {
 	if root, err = realPath(root); err != nil {
 		return nil, err
 	}
-	n := &Node{root: root, log: o.Logger, unpacking: make(chan struct{}, sideBySide)}
-	n.sweep()
-	if n.store, err = store.Open(filepath.Join(root, "store"), o.Logger); err != nil {
+	n := &Node{
+		root: root, daemon: o.Daemon, o: o, log: o.Logger, unpacking: make(chan struct{}, sideBySide),
+		sources: map[string]remote.Source{}, used: map[string]*usedLayer{},
+	}
+	if o.Daemon {
+		n.run = filepath.Join(root, "mounts")
+		n.lock, err = lockDaemon(root)
+	} else {
+		n.run = filepath.Join(root, "run", fmt.Sprintf("%d.%d", os.Getpid(), nodes.Add(1)))
+		n.sweep()
+		n.lock, err = makeRun(n.run)
+	}
+	if err != nil {
 		return nil, err
 	}
-	n.run = filepath.Join(root, "run", fmt.Sprintf("%d.%d", os.Getpid(), nodes.Add(1)))
-	if n.lock, err = makeRun(n.run); err != nil {
-		n.store.Close()
+	if o.Daemon {
+		n.sweep()
+	}
+	if n.store, err = store.Open(filepath.Join(root, "store"), o.Logger); err != nil {
+		n.lock.Close()
 		return nil, err
 	}
 	n.queue = fetch.New(n.store, fetch.Options{Logger: o.Logger, ReadTimeout: o.ReadTimeout})
@@ -185,11 +219,19 @@ func removeRun(dir string) error {
 	return os.RemoveAll(dir)
 }
 
-// Close ends the node's use. Its images must be closed before.
+// Close ends the node's use. Its images must be closed before, unless it is a daemon's, whose mounts then wait for
+// the next one.
 func (n *Node) Close() error {
-	errs := []error{removeRun(n.run)}
-	if n.server != nil {
-		errs = append(errs, n.server.Wait()) // ends when the last overlay that uses it is gone
+	var errs []error
+	switch {
+	case n.daemon && n.server != nil:
+		errs = append(errs, n.server.Stop())
+	case n.daemon:
+	default:
+		errs = append(errs, removeRun(n.run))
+		if n.server != nil {
+			errs = append(errs, n.server.Wait()) // ends when the last overlay that uses it is gone
+		}
 	}
 	errs = append(errs, n.queue.Close(), n.store.Close(), n.lock.Close())
 	return errors.Join(errs...)
@@ -199,9 +241,12 @@ func (n *Node) Close() error {
 func (n *Node) serve() (dir string, err error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	dir = filepath.Join(n.run, "objects")
+	dir = n.serverDir()
 	if n.server != nil {
 		return dir, nil
+	}
+	if n.daemon {
+		return "", errors.New("the daemon does not serve yet")
 	}
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return "", err
@@ -254,6 +299,10 @@ type Rootfs struct {
 	layers []*layer
 	queued []*fetch.Layer
 	record Record
+
+	// Of one that was adopted:
+	release func()
+	shared  bool // src is the node's
 }
 
 // Mount mounts the image that ref names at dir, an empty directory; "" mounts it at one of the node's own,
@@ -310,6 +359,10 @@ func (r *Rootfs) mount(ctx context.Context, ref remote.Reference, dir string, o 
 	if err := r.makeDirs(dir); err != nil {
 		return err
 	}
+	r.record.Dir = r.Dir
+	if err := n.writeRecord(&r.record, r.dir); err != nil {
+		return err
+	}
 	metaDir := filepath.Join(r.dir, "meta")
 	if err := mountEROFS(metaImage, metaDir); err != nil {
 		return err
@@ -330,16 +383,16 @@ func (r *Rootfs) mount(ctx context.Context, ref remote.Reference, dir string, o 
 		return err
 	}
 	r.Mounted = time.Now()
-	return n.writeRecord(&r.record)
+	return nil
 }
 
 // makeDirs makes the mount's own folders, with the modes that the root of a file system has.
 func (r *Rootfs) makeDirs(dir string) error {
 	n := r.n
-	n.mu.Lock()
-	n.mounts++
-	r.dir = filepath.Join(n.run, fmt.Sprint(n.mounts))
-	n.mu.Unlock()
+	var err error
+	if r.dir, err = n.newDir(); err != nil {
+		return err
+	}
 	for _, sub := range []string{"meta", "upper", "work", "rootfs"} {
 		if err := os.MkdirAll(filepath.Join(r.dir, sub), 0o755); err != nil {
 			return err
@@ -349,9 +402,25 @@ func (r *Rootfs) makeDirs(dir string) error {
 		r.Dir = filepath.Join(r.dir, "rootfs")
 		return nil
 	}
-	var err error
 	r.Dir, err = realPath(dir)
 	return err
+}
+
+// newDir makes a folder for a mount.
+func (n *Node) newDir() (string, error) {
+	if err := os.MkdirAll(n.run, 0o711); err != nil {
+		return "", err
+	}
+	for {
+		n.mu.Lock()
+		n.mounts++
+		dir := filepath.Join(n.run, fmt.Sprint(n.mounts))
+		n.mu.Unlock()
+		err := os.Mkdir(dir, 0o711)
+		if err == nil || !n.daemon || !errors.Is(err, os.ErrExist) { // of a daemon that was here before
+			return dir, err
+		}
+	}
 }
 
 // realPath is the absolute path of dir without symbolic links, which is what mountinfo calls it.
@@ -368,7 +437,7 @@ func realPath(dir string) (string, error) {
 func (r *Rootfs) resolve(ctx context.Context, ref remote.Reference, o MountOptions) (string, error) {
 	n := r.n
 	var err error
-	if r.src, err = remote.Open(ctx, ref, remote.Options{Keychain: o.Keychain, Logger: n.log}); err != nil {
+	if r.src, err = remote.Open(ctx, ref, n.remoteOptions(o.Keychain)); err != nil {
 		return "", err
 	}
 	if r.Image, err = remote.Pick(ctx, r.src, o.Platform); err != nil {
@@ -431,12 +500,14 @@ func (r *Rootfs) readConfig(ctx context.Context) error {
 	return nil
 }
 
-// chain names the metadata image of the layers. It is made of what the layers' tables of contents were verified
+func (r *Rootfs) chain() string { return chain(r.layers) }
+
+// chain names the metadata image of layers, the lowest first. It is made of what the layers' tables of contents were verified
 // against, not of diffIDs, which are only claimed.
-func (r *Rootfs) chain() string {
+func chain(layers []*layer) string {
 	h := sha256.New()
 	fmt.Fprintln(h, meta.Version)
-	for _, l := range r.layers {
+	for _, l := range layers {
 		fmt.Fprintln(h, l.id)
 	}
 	return hex.EncodeToString(h.Sum(nil))
@@ -464,13 +535,7 @@ func (r *Rootfs) build(ref remote.Reference, tocs []*toc.TOC, o *MountOptions) (
 	path := r.metaImage()
 	if tocs != nil {
 		var group errgroup.Group
-		group.Go(func() error {
-			err := n.store.WriteFile(func(f *os.File) error { _, err := meta.Build(f, tocs); return err }, "meta", filepath.Base(path))
-			if e := (*meta.LayerError)(nil); errors.As(err, &e) {
-				err = fmt.Errorf("%s: %w", r.layers[e.Layer].name(), e.Err)
-			}
-			return err
-		})
+		group.Go(func() error { return n.buildMeta(r.layers, tocs, path) })
 		for i, l := range r.layers {
 			group.Go(func() error {
 				if l.openTable(n) {
@@ -493,10 +558,20 @@ func (r *Rootfs) build(ref remote.Reference, tocs []*toc.TOC, o *MountOptions) (
 	r.record = Record{
 		Reference: ref.String(), Digest: r.Image.Digest.String(), Chain: r.chain(), Used: time.Now().UTC(),
 	}
+	pinned := ref.At(r.Image.Digest)
 	for _, l := range r.layers {
-		r.record.Layers = append(r.record.Layers, RecordLayer{ID: l.id, Digest: l.Digest.String(), Size: l.Size, Lazy: l.why == nil})
+		r.record.Layers = append(r.record.Layers, l.record(pinned))
 	}
 	return path, nil
+}
+
+// buildMeta writes the metadata image of layers to path, in the store.
+func (n *Node) buildMeta(layers []*layer, tocs []*toc.TOC, path string) error {
+	err := n.store.WriteFile(func(f *os.File) error { _, err := meta.Build(f, tocs); return err }, "meta", filepath.Base(path))
+	if e := (*meta.LayerError)(nil); errors.As(err, &e) {
+		err = fmt.Errorf("%s: %w", layers[e.Layer].name(), e.Err)
+	}
+	return err
 }
 
 // Fill fetches everything of the image that is not here.
@@ -556,7 +631,10 @@ func (r *Rootfs) Close() error {
 		r.n.queue.Remove(l)
 	}
 	r.queued = nil
-	if r.src != nil {
+	if r.release != nil {
+		r.release()
+	}
+	if r.src != nil && !r.shared {
 		errs = append(errs, r.src.Close())
 	}
 	return errors.Join(errs...)

@@ -153,3 +153,22 @@ func (b *wholeBlob) Close() error {
 	}
 	return nil
 }
+
+// diffID reads a layer's blob to its end and returns the digest of its tar, and its own.
+func diffID(blob io.Reader) (tar, digest toc.Digest, err error) {
+	sum := sha256.New()
+	compressed := io.TeeReader(blob, sum)
+	r, err := toc.OpenTar(compressed)
+	if err != nil {
+		return tar, digest, err
+	}
+	defer r.Close()
+	inner := sha256.New()
+	if _, err := io.Copy(inner, r); err != nil {
+		return tar, digest, err
+	}
+	if _, err := io.Copy(io.Discard, compressed); err != nil { // what the decompressor did not want to see
+		return tar, digest, err
+	}
+	return toc.Digest(inner.Sum(nil)), toc.Digest(sum.Sum(nil)), nil
+}

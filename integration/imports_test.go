@@ -24,6 +24,7 @@ var imports = map[string][]string{
 	"fs/toc":      {},
 	"fs/remote":   {},
 	"fs/bundle":   {},
+	"fs/upper":    {"fs/store", "fs/toc"},
 	"integration": {"all"},
 }
 
@@ -35,7 +36,7 @@ var fences = map[string][]string{
 	"github.com/hanwen/go-fuse": {"fs/serve"},
 	estargz:                     {"fs/toc", "convert", "integration"},
 	"github.com/containerd/":    {"snapshotter", "cmd"},
-	"google.golang.org/grpc":    {"cmd"},
+	"google.golang.org/grpc":    {"snapshotter", "cmd"},
 }
 
 // TestImports holds every package of the module against the table and the fences. A test file may import what

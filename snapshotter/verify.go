@@ -1,0 +1,152 @@
+package snapshotter
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strconv"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/storage"
+
+	"lazuli/fs/rootfs"
+)
+
+// verifyEvery is how often it is looked for layers that have arrived whole.
+const verifyEvery = 30 * time.Second
+
+// verifyLoop verifies the diffIDs of lazy layers of which everything has arrived.
+func (s *Snapshotter) verifyLoop() {
+	tick := time.NewTicker(verifyEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-s.ctx.Done():
+			return
+		case <-tick.C:
+		}
+		if err := s.Verify(s.ctx, false); err != nil && s.ctx.Err() == nil {
+			s.log.Warn("verifying layers", "err", err)
+		}
+	}
+}
+
+// Verify compares the layers that have arrived whole with what their images claim, or with all set every lazy layer, whose
+// blobs are then read from beginning to end. Each is verified once. A lie is not an error of Verify: the
+// snapshot is marked, and nothing starts from it any more.
+func (s *Snapshotter) Verify(ctx context.Context, all bool) error {
+	var errs []error
+	err := s.each(ctx, func(id string, info snapshots.Info) error {
+		if info.Kind != snapshots.KindCommitted || ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		l, err := s.readLayer(id)
+		if err != nil {
+			return nil // it is being removed
+		}
+		if l.Verified || l.Bad != "" || !all && !s.node.Complete(l.record()) {
+			return nil
+		}
+		var lie *rootfs.ErrDiffID
+		if err := s.verify(ctx, id, info.Name, l); err != nil && !errors.As(err, &lie) {
+			errs = append(errs, err)
+		}
+		return nil
+	})
+	return errors.Join(append(errs, err)...)
+}
+
+// verify reads all of a layer, compares its diffID with the one that is claimed, and writes down what came of it. The error
+// is a *rootfs.ErrDiffID if it was a lie.
+func (s *Snapshotter) verify(ctx context.Context, id, name string, l *layer) error {
+	r := l.record()
+	if r.DiffID == "" {
+		diffID, err := s.node.ClaimedDiffID(ctx, r)
+		if err != nil {
+			return err
+		}
+		r.DiffID = diffID
+		l.Layers[0] = r
+	}
+	err := s.node.VerifyDiffID(ctx, r)
+	var lie *rootfs.ErrDiffID
+	switch {
+	case errors.As(err, &lie):
+		l.Bad = lie.Error()
+		s.log.Error("an image lies about a layer: nothing starts from it any more", "image", r.Reference, "snapshot", name, "err", err)
+	case err != nil:
+		return err
+	default:
+		l.Verified = true
+	}
+	if werr := s.writeLayer(id, l); werr != nil {
+		return werr
+	}
+	if lie == nil {
+		return nil
+	}
+	// Whoever looks for the chain by its name must not find this one.
+	return errors.Join(err, s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
+		_, info, _, err := storage.GetInfo(ctx, name)
+		if err != nil {
+			return err
+		}
+		delete(info.Labels, snapshots.LabelSnapshotRef)
+		if info.Labels == nil {
+			info.Labels = map[string]string{}
+		}
+		info.Labels["lazuli.bad"] = fmt.Sprintf("%.300s", lie.Error())
+		_, err = storage.UpdateInfo(ctx, info, "labels")
+		return err
+	}))
+}
+
+// A Bad is a snapshot that nothing starts from any more.
+type Bad struct {
+	Image string `json:"image"`
+	Layer string `json:"layer"`
+	Why   string `json:"why"`
+}
+
+// A Mounted is an active snapshot or view whose root is mounted.
+type Mounted struct {
+	Key   string `json:"key"`
+	Dir   string `json:"dir"`
+	Chain string `json:"chain"` // names its metadata image
+	// Served says that what is not here can be had. It is not after the connection to the kernel was lost.
+	Served bool `json:"served"`
+}
+
+// Status returns what is mounted and what is known to be bad.
+func (s *Snapshotter) Status(ctx context.Context) (mounted []Mounted, bad []Bad, err error) {
+	device, err := s.node.ServerDevice()
+	if err != nil {
+		return nil, nil, err
+	}
+	err = s.each(ctx, func(id string, info snapshots.Info) error {
+		if info.Kind == snapshots.KindCommitted {
+			if l, err := s.readLayer(id); err == nil && l.Bad != "" {
+				bad = append(bad, Bad{l.record().Reference, l.record().Digest, l.Bad})
+			}
+			return nil
+		}
+		r, err := rootfs.ReadRecord(s.dir(id, rootFile))
+		if err != nil {
+			return nil // it has no parent, or is being removed
+		}
+		b, _ := os.ReadFile(s.dir(id, serverFile))
+		mounted = append(mounted, Mounted{Key: info.Name, Dir: s.dir(id, "rootfs"), Chain: r.Chain, Served: string(b) == strconv.FormatUint(device, 10)})
+		return nil
+	})
+	return mounted, bad, err
+}
+
+// Fallbacks returns the layers that were last left to containerd to unpack.
+func (s *Snapshotter) Fallbacks() []Fallback {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Clone(s.fallback)
+}

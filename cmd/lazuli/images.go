@@ -16,14 +16,14 @@ func newImagesCommand(a *app) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "images",
 		Short: "List the images that this node keeps",
-		Long: `Images lists what was mounted or run here, the last used first: the size of each image's files, each content once, and
+		Long: `Images lists what was mounted or run here, and what containerd pulled with the snapshotter lazuli, the last used first: the size of each image's files, each content once, and
 the share of them that is here. Files that images have in common are here once and count for each.`,
 		Example: `  lazuli images
   lazuli images --json`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return a.withNode(cmd, func(node *rootfs.Node) error {
-				images, err := node.Images()
+			return a.withHost(cmd.ErrOrStderr(), func(h host) error {
+				images, err := h.Images(cmd.Context())
 				if err != nil {
 					return err
 				}
@@ -34,7 +34,7 @@ the share of them that is here. Files that images have in common are here once a
 					return writeJSON(cmd.OutOrStdout(), images)
 				}
 				w := tabwriter.NewWriter(printable(cmd.OutOrStdout()), 0, 0, 2, ' ', 0)
-				fmt.Fprintln(w, "IMAGE\tDIGEST\tFILES\tHERE\tUSED\t")
+				fmt.Fprintln(w, "IMAGE\tDIGEST\tFILES\tHERE\tUSED\tBY\t")
 				for _, im := range images {
 					share, used := 100.0, im.Used.Local().Format(time.DateTime)
 					if im.Bytes > 0 {
@@ -43,7 +43,7 @@ the share of them that is here. Files that images have in common are here once a
 					if im.InUse {
 						used = "now"
 					}
-					fmt.Fprintf(w, "%s\t%s\t%s\t%s (%.0f %%)\t%s\t\n", im.Reference, shortDigest(im.Digest), size(im.Bytes), size(im.BytesHere), share, used)
+					fmt.Fprintf(w, "%s\t%s\t%s\t%s (%.0f %%)\t%s\t%s\t\n", im.Reference, shortDigest(im.Digest), size(im.Bytes), size(im.BytesHere), share, used, holder(im))
 				}
 				return w.Flush()
 			})
@@ -58,22 +58,22 @@ func newRmiCommand(a *app) *cobra.Command {
 		Use:   "rmi IMAGE…",
 		Short: "Let go of images",
 		Long: `Rmi forgets images and removes what only they needed from the disk. IMAGE is a name as lazuli images prints it, or a digest
-or the beginning of one. An image that is mounted stays.`,
+or the beginning of one. An image that is mounted stays, and so does one that containerd has: remove it there, with ctr images rm or crictl rmi.`,
 		Example: `  lazuli rmi localhost:5000/python:lazy
   lazuli rmi 3f8a21`,
 		Args: cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return a.withNode(cmd, func(node *rootfs.Node) error {
+			return a.withHost(cmd.ErrOrStderr(), func(h host) error {
 				var errs []error
 				for _, name := range args {
-					images, err := node.Images()
+					images, err := h.Images(cmd.Context())
 					if err != nil {
 						return err
 					}
 					ref, err := rootfs.Find(images, name)
 					if err == nil {
 						var freed int64
-						if freed, err = node.Remove(ref); err == nil {
+						if freed, err = h.Remove(cmd.Context(), ref); err == nil {
 							fmt.Fprintf(cmd.OutOrStdout(), "%s removed, %s free\n", ref, size(freed))
 							continue
 						}
@@ -94,8 +94,8 @@ func newPruneCommand(a *app) *cobra.Command {
 		Example: "  lazuli prune",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return a.withNode(cmd, func(node *rootfs.Node) error {
-				freed, err := node.Prune()
+			return a.withHost(cmd.ErrOrStderr(), func(h host) error {
+				freed, err := h.Prune(cmd.Context())
 				if err != nil {
 					return err
 				}
@@ -106,12 +106,10 @@ func newPruneCommand(a *app) *cobra.Command {
 	}
 }
 
-// withNode opens the node for as long as f runs.
-func (a *app) withNode(cmd *cobra.Command, f func(*rootfs.Node) error) (err error) {
-	node, err := a.open(cmd.ErrOrStderr())
-	if err != nil {
-		return err
+// holder is who removes an image.
+func holder(im rootfs.Image) string {
+	if im.Containerd {
+		return "containerd"
 	}
-	defer func() { err = errors.Join(err, node.Close()) }()
-	return f(node)
+	return "lazuli"
 }

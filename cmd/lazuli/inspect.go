@@ -26,7 +26,7 @@ size and that of its table of contents, its entries, how much a start would fetc
 			if err != nil {
 				return err
 			}
-			report, err := rootfs.Inspect(cmd.Context(), ref, rootfs.InspectOptions{})
+			report, err := rootfs.Inspect(cmd.Context(), ref, rootfs.InspectOptions{Hosts: a.HostsDir})
 			if err != nil {
 				return err
 			}
@@ -56,7 +56,7 @@ every table of contents, every chunk of every file. It says what is wrong and wh
 				return err
 			}
 			c := count(cmd.ErrOrStderr(), fmt.Sprintf("%v: checking", ref))
-			report, err := rootfs.Check(cmd.Context(), ref, rootfs.InspectOptions{Progress: c.add})
+			report, err := rootfs.Check(cmd.Context(), ref, rootfs.InspectOptions{Hosts: a.HostsDir, Progress: c.add})
 			c.stop()
 			if err != nil {
 				return err

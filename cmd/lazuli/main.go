@@ -170,6 +170,7 @@ layers can be read piece by piece, mounts them at once, and fetches what is read
 		newRunCommand(a), newMountCommand(a), newUmountCommand(a),
 		newInspectCommand(a), newCheckCommand(a),
 		newImagesCommand(a), newRmiCommand(a), newPruneCommand(a),
+		newDaemonCommand(a), newStatusCommand(a), newInstallCommand(a), newUninstallCommand(a),
 		newRegistryCommand(a), newDoctorCommand(a), newVersionCommand(),
 	)
 	for _, c := range append(cmd.Commands(), cmd) {
@@ -198,7 +199,7 @@ func (a *app) open(stderr io.Writer) (*rootfs.Node, error) {
 	if os.Geteuid() != 0 {
 		return nil, errors.New("mounting needs root: run it with sudo (lazuli doctor says what else is missing)")
 	}
-	return rootfs.Open(a.Root, rootfs.Options{Logger: a.logger(stderr), ReadTimeout: a.ReadTimeout.Duration})
+	return rootfs.Open(a.Root, rootfs.Options{Logger: a.logger(stderr), ReadTimeout: a.ReadTimeout.Duration, Hosts: a.HostsDir})
 }
 
 func (a *app) logger(w io.Writer) *slog.Logger {

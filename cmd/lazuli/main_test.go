@@ -70,7 +70,7 @@ func TestCommandLines(t *testing.T) {
 		{"registry", 2, "--dir"},
 		{"--log-level loud version", 2, `log level "loud"`},
 		{"--config " + filepath.Join(dir, "missing") + " version", 1, "missing: no such file"},
-		{"--config " + unknown + " version", 1, "unknown key max_sise: there are root, read_timeout and log_level"},
+		{"--config " + unknown + " version", 1, "unknown key max_sise: lazuli daemon --print-config shows those that there are"},
 		{"--config " + broken + " version", 1, "line 2"},
 		{"--config " + timeout + " version", 1, "want more than 0"},
 		{"inspect oci:" + dir, 1, dir},

@@ -16,8 +16,8 @@ func newMountCommand(a *app) *cobra.Command {
 		Use:   "mount [flags] IMAGE DIR",
 		Short: "Show an image's root at a directory",
 		Long: `Mount shows the root of IMAGE at DIR, an empty directory, before the image's files are here: they are fetched when they
-are read. Without a daemon, this process serves them. It stays in the foreground until lazuli umount or Ctrl-C, or with
---detach goes on behind.
+are read. If a daemon runs, it serves them until lazuli umount. Else this process does: it stays in the foreground until lazuli umount or
+Ctrl-C, or with --detach goes on behind.
 
 IMAGE is NAME[:TAG] of a registry (with docker's credentials), oci:DIR[:TAG] or docker-archive:FILE[:TAG].
 Layers that are not lazy are fetched whole first, and a line says so.`,
@@ -26,7 +26,7 @@ Layers that are not lazy are fetched whole first, and a line says so.`,
   lazuli mount --rw --fill localhost:5000/python:lazy /mnt`,
 		Args: cobra.ExactArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) (err error) {
-			if detached && !isDetached() {
+			if detached && !isDetached() && a.client() == nil {
 				return detach(cmd.Context(), cmd.ErrOrStderr(), cmd.OutOrStdout())
 			}
 			ctx, stderr := cmd.Context(), cmd.ErrOrStderr()
@@ -34,27 +34,28 @@ Layers that are not lazy are fetched whole first, and a line says so.`,
 			if err != nil {
 				return err
 			}
-			node, err := a.open(stderr)
+			h, err := a.host(stderr)
 			if err != nil {
 				return err
 			}
-			defer func() { err = errors.Join(err, node.Close()) }()
-			r, err := mountImage(ctx, node, ref, args[1], rw, stderr)
+			defer func() { err = errors.Join(err, h.Close()) }()
+			m, err := h.mount(ctx, ref, args[1], rw, fill, false, stderr)
 			if err != nil {
 				return err
 			}
-			defer func() { err = errors.Join(err, r.Close()) }()
-			if fill {
-				defer fillBehind(ctx, r, a, stderr)()
+			if m.wait == nil {
+				_, err := fmt.Fprintf(cmd.OutOrStdout(), "%v is mounted at %s, served by the daemon until: lazuli umount %[2]s\n", ref, m.dir)
+				return err
 			}
+			defer func() { err = errors.Join(err, m.close()) }()
 			if detached {
-				if err := ready(fmt.Sprintf("%v is mounted at %s, served by process %d until: lazuli umount %[2]s", ref, r.Dir, os.Getpid())); err != nil {
+				if err := ready(fmt.Sprintf("%v is mounted at %s, served by process %d until: lazuli umount %[2]s", ref, m.dir, os.Getpid())); err != nil {
 					return err
 				}
 			} else {
-				fmt.Fprintf(cmd.OutOrStdout(), "%v is mounted at %s, served by this process until Ctrl-C or: lazuli umount %[2]s\n", ref, r.Dir)
+				fmt.Fprintf(cmd.OutOrStdout(), "%v is mounted at %s, served by this process until Ctrl-C or: lazuli umount %[2]s\n", ref, m.dir)
 			}
-			if err := r.Wait(ctx); err != nil && ctx.Err() == nil {
+			if err := m.wait(ctx); err != nil && ctx.Err() == nil {
 				return err
 			}
 			return nil

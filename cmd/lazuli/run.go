@@ -133,19 +133,24 @@ func (a *app) runImage(cmd *cobra.Command, image string, o bundle.Options, line 
 	if _, err := bundle.Runtime(); err != nil {
 		return 0, err
 	}
-	node, err := a.open(stderr)
+	h, err := a.host(stderr)
 	if err != nil {
 		return 0, err
 	}
-	defer func() { err = errors.Join(err, node.Close()) }()
+	defer func() { err = errors.Join(err, h.Close()) }()
 	if err := bundle.Sweep(a.bundles()); err != nil {
 		a.logger(stderr).Warn("containers of a lazuli that was killed", "err", err)
 	}
-	r, err := mountImage(ctx, node, ref, "", true, stderr)
+	m, err := h.mount(ctx, ref, "", true, fill, true, stderr)
 	if err != nil {
 		return 0, err
 	}
-	defer func() { err = errors.Join(err, r.Close()) }()
+	defer func() {
+		err = errors.Join(err, m.close())
+		if line != nil && err == nil {
+			err = line.print(stderr, m, image, code)
+		}
+	}()
 
 	stdio := bundle.IO{Stdin: cmd.InOrStdin(), Stdout: cmd.OutOrStdout(), Stderr: stderr}
 	o.Terminal = line == nil && isTerminal(stdio.Stdin) && isTerminal(stdio.Stdout)
@@ -153,31 +158,16 @@ func (a *app) runImage(cmd *cobra.Command, image string, o bundle.Options, line 
 		stdio.Stdout, stdio.Stderr = line.output(stdio.Stdout), line.output(stdio.Stderr)
 		stdio.Started = func(int) { line.mark(phaseExec, time.Now()) }
 	}
-	spec, err := bundle.Config(r.Config, r.Dir, o)
+	spec, err := bundle.Config(m.config, m.dir, o)
 	if err != nil {
 		return 0, fmt.Errorf("%v: %w", ref, err)
-	}
-	if fill {
-		defer fillBehind(ctx, r, a, stderr)()
 	}
 	stdio.Signals = a.divert()
 	code, err = bundle.Run(ctx, a.bundles(), spec, stdio)
 	if line != nil && err == nil {
 		line.mark(phaseExit, time.Now())
-		err = line.print(stderr, r, image, code)
 	}
 	return code, err
-}
-
-// mountImage mounts with what a user sees of it: notices, and progress where layers come whole.
-func mountImage(ctx context.Context, node *rootfs.Node, ref remote.Reference, dir string, rw bool, stderr io.Writer) (*rootfs.Rootfs, error) {
-	c := count(stderr, fmt.Sprintf("%v: fetching whole layers", ref))
-	defer c.stop()
-	return node.Mount(ctx, ref, dir, rootfs.MountOptions{
-		RW:       rw,
-		Notice:   func(s string) { fmt.Fprintln(printable(stderr), s) },
-		Progress: c.add,
-	})
 }
 
 // fillBehind fetches what is not here until stop is called.

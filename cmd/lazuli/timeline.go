@@ -8,8 +8,6 @@ import (
 	"strings"
 	"sync"
 	"time"
-
-	"lazuli/fs/rootfs"
 )
 
 // A phase of a start. Each has ended at its mark.
@@ -76,12 +74,12 @@ func (w *markingWriter) Write(b []byte) (int, error) {
 	return w.w.Write(b)
 }
 
-// print writes the timeline of what ran in r.
-func (t *timeline) print(stderr io.Writer, r *rootfs.Rootfs, image string, code int) error {
-	t.mark(phaseResolve, r.Resolved)
-	t.mark(phaseMetadata, r.Parsed)
-	t.mark(phaseMount, r.Mounted)
-	network, fetched := r.Stats()
+// print writes the timeline of what ran in m, which is closed.
+func (t *timeline) print(stderr io.Writer, m *mounted, image string, code int) error {
+	t.mark(phaseResolve, m.resolved)
+	t.mark(phaseMetadata, m.parsed)
+	t.mark(phaseMount, m.usable)
+	network, fetched := m.stats()
 	requests, arrived := network.Requests, network.Bytes
 	type entry struct {
 		Phase string  `json:"phase"`
@@ -96,7 +94,7 @@ func (t *timeline) print(stderr io.Writer, r *rootfs.Rootfs, image string, code 
 		Needed   int64   `json:"bytesNeeded"`  // of files, that a read waited for
 		Misses   int64   `json:"misses"`       // reads that waited
 		Exit     int     `json:"exitCode"`
-	}{Image: image, Digest: r.Image.Digest.String(), Requests: requests, Fetched: arrived, Needed: fetched.Needed, Misses: fetched.Misses, Exit: code}
+	}{Image: image, Digest: m.digest, Requests: requests, Fetched: arrived, Needed: fetched.Needed, Misses: fetched.Misses, Exit: code}
 	for p, at := range t.marks {
 		if !at.IsZero() { // a process may write nothing
 			report.Phases = append(report.Phases, entry{phaseNames[p], float64(at.Sub(t.start).Microseconds()) / 1000})

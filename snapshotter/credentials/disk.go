@@ -43,7 +43,7 @@ func Open(dir string, log *slog.Logger) (*Keychain, error) {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	k := &Keychain{dir: dir, log: log, limit: maxRepositories, kept: make(map[string]*given)}
+	k := &Keychain{dir: dir, log: log, limit: maxRepositories, kept: make(map[string]*given), last: time.Now().Round(0)}
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("credentials: %w", err)
 	}
@@ -66,7 +66,6 @@ func Open(dir string, log *slog.Logger) (*Keychain, error) {
 			continue
 		}
 		k.kept[g.repository] = g
-		k.last = latest(k.last, g.at)
 	}
 	for _, old := range k.trim() {
 		if err := k.remove(old); err != nil {
@@ -119,8 +118,8 @@ func (k *Keychain) read(path string, kind fs.FileMode) (*given, error) {
 		return nil, errors.New("there are no credentials in it")
 	}
 	// A clock that was wrong once must not make it the newest for years.
-	if now := time.Now(); s.Given.After(now) {
-		s.Given = now
+	if s.Given.After(k.last) {
+		s.Given = k.last
 	}
 	return &given{s.Repository, repo.RegistryStr(), s.Given, config}, nil
 }

@@ -44,7 +44,7 @@ type Keychain struct {
 	mu    sync.Mutex
 	kept  map[string]*given // by repository; what is on disk
 	tried []*given          // of pulls under way, oldest first
-	last  time.Time         // when the newest of all was given
+	last  time.Time         // when the newest was given, or k was opened
 }
 
 // given is what was given for one repository. It does not change.
@@ -87,8 +87,13 @@ func (k *Keychain) try(image string, a authn.AuthConfig) (done func(good bool) e
 	repo := ref.Context()
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	// What is given later is newer, also when the clock was set back.
-	k.last = latest(time.Now(), k.last.Add(1))
+	// What is given later is newer, also when the clock was set back. Without the monotonic reading, which
+	// what comes from the disk does not have.
+	if now := time.Now().Round(0); now.After(k.last) {
+		k.last = now
+	} else {
+		k.last = k.last.Add(1)
+	}
 	g := &given{repo.Name(), repo.RegistryStr(), k.last, a}
 	k.tried = append(k.tried, g)
 	return func(good bool) error {
@@ -100,13 +105,6 @@ func (k *Keychain) try(image string, a authn.AuthConfig) (done func(good bool) e
 		k.drop(g)
 		return nil
 	}, nil
-}
-
-func latest(a, b time.Time) time.Time {
-	if a.Before(b) {
-		return b
-	}
-	return a
 }
 
 // drop ends the trying of g. k.mu is held.

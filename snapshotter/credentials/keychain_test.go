@@ -12,6 +12,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/google/go-containerregistry/pkg/authn"
@@ -254,9 +255,15 @@ esac
 	k = open(t, k.dir)
 	want(repo("r.example.com/other0"), "s2", "helper", "o4", "o3", "o2", "")
 
+	// What is the same comes once, where it stands first.
+	must(t, k.Remember("r.example.com/other0", authn.AuthConfig{Username: "helper", Password: "h"}))
+	want(repo("r.example.com/other0"), "helper", "o4", "o3", "o2", "")
+	must(t, k.Remember("r.example.com/other1", login("o4")))
+	want(repo("r.example.com/other1"), "o4", "helper", "o3", "o2", "")
+
 	// Nobody runs a helper for what is known.
 	must(t, os.Truncate(asked, 0))
-	resolve(t, k, "r.example.com/other0")
+	resolve(t, k, "r.example.com/other1")
 	if b, err := os.ReadFile(asked); err != nil || len(b) > 0 {
 		t.Errorf("the credential helper was asked %q, %v", b, err)
 	}
@@ -383,6 +390,22 @@ func TestBounds(t *testing.T) {
 	}
 	if got := users(); !slices.Equal(got, []string{"x", "y", "z"}) || files() != 3 {
 		t.Errorf("kept are %q in %d files", got, files())
+	}
+}
+
+// TestClock: what is given later is newer, also when the clock was set back: in here it is the year 2000.
+func TestClock(t *testing.T) {
+	clean(t)
+	k := open(t, t.TempDir())
+	must(t, k.Remember("r.example.com/app", login("a")))
+	k = open(t, k.dir)
+	for _, u := range []string{"b", "c"} {
+		synctest.Test(t, func(t *testing.T) { must(t, k.Remember("r.example.com/app", login(u))) })
+	}
+	for _, k := range []*Keychain{k, open(t, k.dir)} {
+		if got := resolve(t, k, "r.example.com/app"); got != login("c") {
+			t.Errorf("%q, want what was given last", got)
+		}
 	}
 }
 

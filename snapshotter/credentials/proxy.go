@@ -57,7 +57,7 @@ func (k *Keychain) Proxy(socket string) (*Proxy, error) {
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithConnectParams(grpc.ConnectParams{Backoff: retry}),
 		grpc.WithDisableRetry(),
-		grpc.WithDefaultCallOptions(grpc.ForceCodecV2(codec), grpc.MaxCallRecvMsgSize(maxMessage), grpc.MaxCallSendMsgSize(maxMessage)),
+		grpc.WithDefaultCallOptions(grpc.ForceCodecV2(codec), grpc.MaxCallRecvMsgSize(maxMessage)),
 	)
 	if err != nil {
 		return nil, fmt.Errorf("CRI image proxy to %s: %w", p.socket, err)
@@ -72,7 +72,6 @@ func (p *Proxy) ServerOptions() []grpc.ServerOption {
 		grpc.UnknownServiceHandler(p.forward),
 		grpc.ForceServerCodecV2(codec),
 		grpc.MaxRecvMsgSize(maxMessage),
-		grpc.MaxSendMsgSize(maxMessage),
 	}
 }
 
@@ -90,9 +89,7 @@ func (p *Proxy) forward(_ any, down grpc.ServerStream) error {
 	if !forwarded(method) {
 		return status.Errorf(codes.Unimplemented, "unknown service or method %s: of the CRI, the ImageService is served here; everything else is containerd's", method)
 	}
-	// The deadline is in the context. Whatever ends this call ends containerd's.
-	ctx, cancel := context.WithCancel(down.Context())
-	defer cancel()
+	ctx := down.Context() // has the deadline, and ends with this call, however it ends
 	if md, ok := metadata.FromIncomingContext(ctx); ok {
 		delete(md, "grpc-accept-encoding") // is about the connection to here
 		ctx = metadata.NewOutgoingContext(ctx, md)
@@ -115,7 +112,7 @@ func (p *Proxy) forward(_ any, down grpc.ServerStream) error {
 	}
 	// It ends when the client has sent everything or is gone, at the latest when this function has
 	// returned; then its stream is over, which nobody could wait for in here.
-	p.readers.Go(func() { requests(up, down, cancel) })
+	p.readers.Go(func() { requests(up, down) })
 	err = answers(down, up)
 	done(err == nil)
 	return err
@@ -131,15 +128,14 @@ func forwarded(method string) bool {
 }
 
 // requests sends containerd what the client sends.
-func requests(up grpc.ClientStream, down grpc.ServerStream, cancel func()) {
+func requests(up grpc.ClientStream, down grpc.ServerStream) {
 	for {
 		var f frame
 		if err := down.RecvMsg(&f); errors.Is(err, io.EOF) {
-			
+			up.CloseSend()
 			return
 		} else if err != nil {
-			cancel() // the client is gone, or sent what is too long and was told so
-			return
+			return // the client is gone, or sent what is too long and was told so
 		}
 		if up.SendMsg(&f) != nil {
 			return // receiving says why

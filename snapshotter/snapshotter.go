@@ -241,14 +241,17 @@ func (s *Snapshotter) View(ctx context.Context, key, parent string, opts ...snap
 
 func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, parent string, opts []snapshots.Opt) ([]mount.Mount, error) {
 	var snap storage.Snapshot
+	var info snapshots.Info
 	err := s.ms.WithTransaction(ctx, true, func(ctx context.Context) (err error) {
-		snap, err = storage.CreateSnapshot(ctx, kind, key, parent, opts...)
+		if snap, err = storage.CreateSnapshot(ctx, kind, key, parent, opts...); err == nil {
+			_, info, _, err = storage.GetInfo(ctx, key)
+		}
 		return err
 	})
 	if err != nil {
 		return nil, err
 	}
-	mounts, err := s.mount(ctx, snap, true)
+	mounts, err := s.mount(snap, info, true)
 	if err != nil {
 		err = fmt.Errorf("snapshot %s: %w", key, err)
 		return nil, errors.Join(err, s.Remove(context.WithoutCancel(ctx), key))
@@ -260,14 +263,17 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 // was lost.
 func (s *Snapshotter) Mounts(ctx context.Context, key string) ([]mount.Mount, error) {
 	var snap storage.Snapshot
+	var info snapshots.Info
 	err := s.ms.WithTransaction(ctx, false, func(ctx context.Context) (err error) {
-		snap, err = storage.GetSnapshot(ctx, key)
+		if snap, err = storage.GetSnapshot(ctx, key); err == nil {
+			_, info, _, err = storage.GetInfo(ctx, key)
+		}
 		return err
 	})
 	if err != nil {
 		return nil, err
 	}
-	mounts, err := s.mount(ctx, snap, false)
+	mounts, err := s.mount(snap, info, false)
 	if err != nil {
 		return nil, fmt.Errorf("snapshot %s: %w", key, err)
 	}
@@ -275,7 +281,7 @@ func (s *Snapshotter) Mounts(ctx context.Context, key string) ([]mount.Mount, er
 }
 
 // mount makes what the snapshot's mounts show.
-func (s *Snapshotter) mount(_ context.Context, snap storage.Snapshot, fresh bool) ([]mount.Mount, error) {
+func (s *Snapshotter) mount(snap storage.Snapshot, info snapshots.Info, fresh bool) ([]mount.Mount, error) {
 	option := "rw"
 	if snap.Kind == snapshots.KindView {
 		option = "ro"
@@ -292,8 +298,24 @@ func (s *Snapshotter) mount(_ context.Context, snap storage.Snapshot, fresh bool
 	if len(snap.ParentIDs) == 0 {
 		return bind(s.dir(snap.ID, "fs")), nil
 	}
-	_, err, _ := s.mounting.Do(snap.ID, func() (any, error) { return nil, s.attach(snap, fresh) })
-	return bind(s.dir(snap.ID, "rootfs")), err
+	o := rootfs.Overlay{}
+	unpack := info.Labels[snapshots.LabelSnapshotRef] != ""
+	if snap.Kind == snapshots.KindActive && !unpack {
+		o = rootfs.Overlay{Upper: s.dir(snap.ID, "fs"), Work: s.dir(snap.ID, "work"), New: fresh}
+	}
+	_, err, _ := s.mounting.Do(snap.ID, func() (any, error) { return nil, s.attach(snap, o) })
+	if err != nil {
+		return nil, err
+	}
+	if snap.Kind == snapshots.KindActive && unpack {
+		// containerd unpacks into the upper folder itself, and asks the lower one only about directories that the layer
+		// leaves out. Through a mount of both, a directory that the layer names again would keep xattrs that its
+		// new entry does not have.
+		return []mount.Mount{{Type: "overlay", Source: "overlay", Options: []string{
+			"upperdir=" + s.dir(snap.ID, "fs"), "workdir=" + s.dir(snap.ID, "work"), "lowerdir=" + s.dir(snap.ID, "rootfs"),
+		}}}, nil
+	}
+	return bind(s.dir(snap.ID, "rootfs")), nil
 }
 
 func (s *Snapshotter) makeDirs(snap storage.Snapshot) error {
@@ -309,7 +331,7 @@ func (s *Snapshotter) makeDirs(snap storage.Snapshot) error {
 }
 
 // attach mounts a snapshot's overlay, unless it is mounted on the object server that lives.
-func (s *Snapshotter) attach(snap storage.Snapshot, fresh bool) error {
+func (s *Snapshotter) attach(snap storage.Snapshot, o rootfs.Overlay) error {
 	dir := s.dir(snap.ID, "rootfs")
 	device, err := s.node.ServerDevice()
 	if err != nil {
@@ -339,10 +361,6 @@ func (s *Snapshotter) attach(snap storage.Snapshot, fresh bool) error {
 	}
 	if err := writeFile(s.dir(snap.ID, serverFile), []byte(server)); err != nil {
 		return err
-	}
-	o := rootfs.Overlay{New: fresh}
-	if snap.Kind == snapshots.KindActive {
-		o.Upper, o.Work = s.dir(snap.ID, "fs"), s.dir(snap.ID, "work")
 	}
 	release, err := chain.Attach(dir, o)
 	if err != nil {

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"time"
 
@@ -136,6 +137,19 @@ func (a *app) teardown(cmd *cobra.Command) error {
 	if err != nil {
 		return err
 	}
+	// Who held the connection of a keeper that was stopped ends when the mount is gone.
+	for waited := time.Duration(0); listens(daemon.Holder(a.Socket)) && waited < 10*time.Second; waited += 20 * time.Millisecond {
+		time.Sleep(20 * time.Millisecond)
+	}
 	_, err = fmt.Fprintf(cmd.OutOrStdout(), "%d mounts below %s are gone\n", n, a.Root)
 	return err
+}
+
+// listens reports whether a process listens at the path of a keeper's socket.
+func listens(path string) bool {
+	c, err := net.Dial("unixpacket", path)
+	if err == nil {
+		c.Close()
+	}
+	return err == nil
 }

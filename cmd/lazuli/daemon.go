@@ -79,12 +79,9 @@ func (a *app) keep(cmd *cobra.Command) error {
 		common = []string{self, "--root", a.Root, "--log-level", cmp.Or(a.LogLevel, "info"), "daemon"}
 	}
 	with := func(flag string) []string { return append(common[:len(common):len(common)], flag) }
-	signals := a.divert()
-	go func() { // the keeper has its own signals; these end with the process
-		for range signals {
-		}
-	}()
-	return keeper.Run(cmd.Context(), keeper.Options{
+	a.release() // the keeper listens to signals itself
+	a.release = func() {}
+	err = keeper.Run(cmd.Context(), keeper.Options{
 		Command:     with("--serve"),
 		Sockets:     daemon.Sockets(a.Socket),
 		Holder:      daemon.Holder(a.Socket),
@@ -92,6 +89,10 @@ func (a *app) keep(cmd *cobra.Command) error {
 		InUse:       func() bool { return rootfs.InUse(a.Root) },
 		Logger:      a.logger(cmd.ErrOrStderr()),
 	})
+	if errors.Is(err, keeper.ErrConfig) {
+		return &exitError{keeper.ExitConfig, err}
+	}
+	return err
 }
 
 // serve is the server of a keeper.
@@ -100,7 +101,7 @@ func (a *app) serve(cmd *cobra.Command) error {
 	if err != nil {
 		return err
 	}
-	return daemon.Serve(cmd.Context(), child, daemon.Options{
+	err = daemon.Serve(cmd.Context(), child, daemon.Options{
 		Root:        a.Root,
 		ReadTimeout: a.ReadTimeout.Duration,
 		Hosts:       a.HostsDir,
@@ -111,6 +112,10 @@ func (a *app) serve(cmd *cobra.Command) error {
 		Version:     version,
 		Logger:      a.logger(cmd.ErrOrStderr()),
 	})
+	if errors.Is(err, daemon.ErrOpen) { // starting again does not help
+		return &exitError{keeper.ExitConfig, err}
+	}
+	return err
 }
 
 // teardown stops the daemon, if one runs, and unmounts everything.

@@ -170,7 +170,7 @@ layers can be read piece by piece, mounts them at once, and fetches what is read
 		newRunCommand(a), newMountCommand(a), newUmountCommand(a),
 		newInspectCommand(a), newCheckCommand(a),
 		newImagesCommand(a), newRmiCommand(a), newPruneCommand(a),
-		newDaemonCommand(a), newStatusCommand(a), newInstallCommand(a), newUninstallCommand(a),
+		newProfileCommand(a), newDaemonCommand(a), newStatusCommand(a), newInstallCommand(a), newUninstallCommand(a),
 		newRegistryCommand(a), newDoctorCommand(a), newVersionCommand(),
 	)
 	for _, c := range append(cmd.Commands(), cmd) {

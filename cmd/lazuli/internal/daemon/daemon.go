@@ -8,6 +8,7 @@ package daemon
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net"
 	"net/http"
@@ -50,6 +51,9 @@ type server struct {
 	metrics  *metrics
 }
 
+// ErrOpen says that the root folder cannot be used.
+var ErrOpen = errors.New("the daemon's root folder")
+
 // Serve is a server's life: it ends when ctx does, or when it cannot go on.
 func Serve(ctx context.Context, child *keeper.Child, o Options) error {
 	s := &server{o: o, log: o.Logger, begun: time.Now()}
@@ -62,13 +66,13 @@ func Serve(ctx context.Context, child *keeper.Child, o Options) error {
 		Logger: o.Logger, ReadTimeout: o.ReadTimeout, Hosts: o.Hosts, Daemon: true,
 		Keychain: keychain{&s.keychain},
 	}); err != nil {
-		return err
+		return fmt.Errorf("%w: %w", ErrOpen, err)
 	}
 	if s.keychain, err = credentials.Open(filepath.Join(s.node.Root(), "credentials"), o.Logger); err != nil {
-		return err
+		return fmt.Errorf("%w: %w", ErrOpen, err)
 	}
 	if s.sn, err = snapshotter.Open(s.node, snapshotter.Options{Logger: o.Logger, Unverified: o.Unverified}); err != nil {
-		return err
+		return fmt.Errorf("%w: %w", ErrOpen, err)
 	}
 	if err := s.mounts.adopt(s); err != nil {
 		return err

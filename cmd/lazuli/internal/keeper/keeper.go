@@ -109,15 +109,21 @@ type keeper struct {
 // anew. Listening sockets come from systemd or are made, with mode 0600. At the end their files are removed, except with systemd,
 // which holds them if it is about to start the next keeper.
 //
-// A server has 10 seconds to end after SIGTERM. The caller has nothing else in its process that forks, and does
-// not catch SIGTERM, SIGINT or SIGHUP in a way that ends it.
+// A server has 10 seconds to end after SIGTERM. The process is Run's: nothing else in it forks, or
+// catches these signals.
 func Run(ctx context.Context, o Options) error {
 	// The kernel sends a child its PDEATHSIG when the *thread* that started it ends. Threads of Go's runtime end only with
 	// a goroutine that is locked to one, so this one starts every child, and outlives it.
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 
-	k := &keeper{Options: o, log: o.Logger, systemd: os.Getenv("NOTIFY_SOCKET"), stops: make(chan os.Signal, 1), upgrades: make(chan os.Signal, 1)}
+	k := &keeper{
+		Options:  o,
+		log:      o.Logger,
+		systemd:  os.Getenv("NOTIFY_SOCKET"),
+		stops:    make(chan os.Signal, 1),
+		upgrades: make(chan os.Signal, 1),
+	}
 	if k.log == nil {
 		k.log = slog.New(slog.DiscardHandler)
 	}
@@ -425,7 +431,11 @@ func (k *keeper) exec() error {
 	// Being ignored outlives exec, until the new program asks for the signal.
 	signal.Ignore(unix.SIGHUP)
 	defer signal.Notify(k.upgrades, unix.SIGHUP)
-	if len(k.stops) > 0 { // the new program would not know
+	// From here on a signal to stop kills the process. Caught, it would be forgotten by the new program.
+	signal.Stop(k.stops)
+	signal.Reset(unix.SIGTERM, unix.SIGINT)
+	defer signal.Notify(k.stops, unix.SIGTERM, unix.SIGINT)
+	if len(k.stops) > 0 {
 		return errors.New("it is to stop")
 	}
 	err := unix.Exec(k.path, os.Args, append(os.Environ(), variable+"="+all.String()))

@@ -367,6 +367,21 @@ func TestBackoff(t *testing.T) {
 	}
 }
 
+// A keeper whose log nobody reads goes on.
+func TestDeaf(t *testing.T) {
+	w := enter(t)
+	w.deaf = true
+	w.start("server")
+	r := w.next(0)
+	for range 3 {
+		must(t, unix.Kill(r.Pid, unix.SIGKILL))
+		r = w.next(r.Pid)
+	}
+	if r.Keeper != w.keeper.Pid {
+		t.Errorf("the keeper is another one: %+v", r)
+	}
+}
+
 func TestMisconfigured(t *testing.T) {
 	w := enter(t)
 	w.start("misconfigured")

@@ -124,8 +124,13 @@ func server(ctx context.Context, dir string) error {
 	if err != nil {
 		return err
 	}
+	stop := make(chan os.Signal, 1)
+	signal.Notify(stop, unix.SIGTERM)
 	l, err := c.Listener("grpc")
 	if err != nil {
+		return err
+	}
+	if err := errors.Join(c.Status(fmt.Sprintf("process\n%d", os.Getpid())), c.Ready()); err != nil {
 		return err
 	}
 	go func() {
@@ -142,11 +147,6 @@ func server(ctx context.Context, dir string) error {
 			conn.Close()
 		}
 	}()
-	stop := make(chan os.Signal, 1)
-	signal.Notify(stop, unix.SIGTERM)
-	if err := errors.Join(c.Status(fmt.Sprintf("process\n%d", os.Getpid())), c.Ready()); err != nil {
-		return err
-	}
 	select {
 	case <-stop:
 	case <-ctx.Done():
@@ -272,6 +272,7 @@ type world struct {
 	paths   [files]string
 	systemd *systemd // nil without
 	env     []string
+	deaf    bool // nobody reads what the processes say
 	keeper  *os.Process
 	ended   chan *os.ProcessState // of the keeper
 	readers sync.WaitGroup
@@ -355,8 +356,15 @@ func (w *world) start(server string) {
 	log, err := os.OpenFile(w.path("log"), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
 	must(w.t, err)
 	defer log.Close()
+	if w.deaf {
+		unread, pipe, err := os.Pipe()
+		must(w.t, err)
+		unread.Close()
+		defer pipe.Close()
+		log = pipe
+	}
 	fds := []uintptr{null.Fd(), log.Fd(), log.Fd()}
-	env := append(os.Environ(), append(w.env, "KEEPER_TEST=1")...)
+	env := append(os.Environ(), append(w.env, "KEEPER_TEST=1", "GORACE=atexit_sleep_ms=0")...)
 	script := `exec "$0" "$@"`
 	if w.systemd != nil {
 		env = append(env, "NOTIFY_SOCKET="+w.systemd.address)

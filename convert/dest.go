@@ -56,6 +56,9 @@ type dest interface {
 func openDest(ctx context.Context, ref remote.Reference, opts *Options) (dest, error) {
 	switch ref.Kind() {
 	case remote.Registry:
+		if _, ok := ref.Name().(name.Digest); ok {
+			return nil, errors.New("a digest cannot be pushed to: give a tag")
+		}
 		return newRegistryDest(ctx, ref, opts)
 	case remote.Layout:
 		return newLayoutDest(ref)
@@ -95,9 +98,6 @@ type registryDest struct {
 
 func newRegistryDest(ctx context.Context, ref remote.Reference, opts *Options) (*registryDest, error) {
 	n := ref.Name()
-	if _, ok := n.(name.Digest); ok {
-		return nil, errors.New("a digest cannot be pushed to: give a tag")
-	}
 	if opts.Remote.PlainHTTP {
 		var err error
 		if n, err = name.ParseReference(ref.String(), name.Insecure); err != nil {

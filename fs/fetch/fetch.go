@@ -49,6 +49,7 @@ type Layer struct {
 	// other layers.
 	Whole func(ctx context.Context) error
 
+	packed  atomic.Bool     // a startup pack has brought what a start wants of it
 	members []atomic.Bool   // all of the member's chunks were seen in the store
 	ctx     context.Context // ends when the layer is removed; the life of its fetches
 	cancel  context.CancelCauseFunc
@@ -128,6 +129,7 @@ type Queue struct {
 	layers  []*Layer
 	changes int // of layers
 	flights map[memberID]*flight
+	packs   map[packID]*flight // of frames of startup packs
 	objects map[uint64]*Object // open ones, by number
 	unused  list.List          // of the *Object that nobody has open, oldest first
 
@@ -140,6 +142,7 @@ type Queue struct {
 
 	requests, fetched, needed, misses, errors atomic.Int64
 	waits                                     waits
+	recorder                                  atomic.Pointer[Recorder]
 	lastFull                                  atomic.Int64 // when a full store was last logged, in Unix seconds
 }
 
@@ -152,7 +155,7 @@ type memberID struct {
 func New(s *store.Store, o Options) *Queue {
 	q := &Queue{
 		store: s, log: o.Logger, timeout: o.ReadTimeout,
-		flights: map[memberID]*flight{}, objects: map[uint64]*Object{},
+		flights: map[memberID]*flight{}, packs: map[packID]*flight{}, objects: map[uint64]*Object{},
 		demandSlots: make(chan struct{}, demandRequests),
 		aheadSlots:  make(chan struct{}, aheadRequests),
 		fillSlots:   make(chan struct{}, fillRequests),

@@ -14,6 +14,7 @@ import (
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
 
+	"lazuli/fs/pack"
 	"lazuli/fs/store"
 	"lazuli/fs/toc"
 )
@@ -35,10 +36,17 @@ type flight struct {
 	run  *run
 	done chan struct{}
 	err  error // set before done is closed
+	// last is why the latest attempt failed, until then: more are made than most readers wait for.
+	last atomic.Pointer[error]
 
 	// data has the chunks that the store did not take, and lost says why it did not. Both are set before done is closed.
 	data map[chunkID][]byte
 	lost error
+
+	// Of the flight of a startup pack's frame, which has neither id nor refs nor run:
+	frame *pack.Frame
+	pack  *packed
+	end   int64 // of the frame, in bytes of the pack
 
 	waiters atomic.Int32 // leave 0 only under Queue.mu
 	tries   int          // by the goroutine that decodes
@@ -74,6 +82,9 @@ func (f *flight) wait(ctx context.Context) error {
 	case <-f.done:
 		return f.err
 	case <-ctx.Done():
+		if last := f.last.Load(); last != nil {
+			return fmt.Errorf("%w: %w", context.Cause(ctx), *last)
+		}
 		return context.Cause(ctx)
 	}
 }
@@ -92,14 +103,19 @@ func (f *flight) keep(key store.Key, i int, p []byte) {
 func (f *flight) release() { f.waiters.Add(-1) }
 
 // demand returns the flights that bring chunks first to last of o from src, nil for chunks that are here,
-// and begins those that are not under way. The caller releases them.
-func (q *Queue) demand(o *Object, src source, first, last int) []*flight {
+// and begins those that are not under way. The caller releases them. usePack says that a startup pack may bring them.
+func (q *Queue) demand(o *Object, src source, first, last int, usePack bool) []*flight {
 	flights := make([]*flight, last-first+1)
 	l := src.layer
 	for i := first; i <= last; i++ {
 		_, m := src.object.Chunk(i)
 		if m < 0 || flights[i-first] != nil || o.has(i) {
 			continue
+		}
+		if usePack {
+			if flights[i-first] = q.joinPack(o.key, i); flights[i-first] != nil {
+				continue
+			}
 		}
 		if flights[i-first] = q.join(l, m); flights[i-first] != nil {
 			continue
@@ -167,14 +183,19 @@ func (q *Queue) window(l *Layer, first, end int) int64 {
 	for i := range l.streams {
 		s := &l.streams[i]
 		if s.window > 0 && first >= s.next && first < s.next+near {
-			s.window = min(2*s.window, maxWindow)
+			s.window = min(max(2*s.window, firstWindow/8), maxWindow)
 			s.next = l.memberAt(end, s.window)
 			return s.window
 		}
 	}
-	l.streams[l.turn] = stream{l.memberAt(end, firstWindow), firstWindow}
+	window := int64(firstWindow)
+	if l.packed.Load() {
+		// What a start wants has come. What is missing is single, unless it turns out to be read in sequence.
+		window = 1
+	}
+	l.streams[l.turn] = stream{l.memberAt(end, window), window}
 	l.turn = (l.turn + 1) % len(l.streams)
-	return firstWindow
+	return window
 }
 
 // memberAt returns the member that begins n bytes of the blob behind the beginning of member m.
@@ -196,7 +217,7 @@ func (l *Layer) memberAt(m int, n int64) int {
 func (q *Queue) ahead(src source, first, last int) {
 	for i := first; i <= last; i++ {
 		_, m := src.object.Chunk(i)
-		if m < 0 {
+		if m < 0 || q.expected(store.Key(src.object.Key), i) {
 			continue
 		}
 		end := m + 1
@@ -301,6 +322,10 @@ func (q *Queue) fly(r *run, flights []*flight) {
 		if len(flights) == 0 {
 			return
 		}
+		failed := err
+		for _, f := range flights {
+			f.last.Store(&failed)
+		}
 		if arrived > 0 {
 			attempt = 1
 		}
@@ -364,7 +389,7 @@ func (q *Queue) request(ctx context.Context, r *run, flights []*flight) (arrived
 		q.decoders <- struct{}{}
 		q.work.Go(func() {
 			defer func() { <-q.decoders }()
-			q.landOrRetry(f, b)
+			q.landOrRetry(f, b, body)
 		})
 	}
 	return arrived, nil
@@ -463,10 +488,13 @@ func (q *Queue) yield(ctx context.Context, r *run) error {
 }
 
 // landOrRetry decodes a member. What does not verify is fetched once more: it may have been damaged on the way.
-func (q *Queue) landOrRetry(f *flight, b []byte) {
+func (q *Queue) landOrRetry(f *flight, b []byte, from *body) {
 	err := q.land(f, bytes.NewReader(b))
 	buffers.put(b)
 	f.tries++
+	if d, ok := from.ReadCloser.(interface{ Distrust() }); ok && err != nil {
+		d.Distrust() // another mirror is to be asked
+	}
 	if err == nil || f.tries == 2 || f.id.layer.ctx.Err() != nil {
 		q.finish(f, err)
 		return

@@ -256,6 +256,9 @@ func (o *Object) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
 		return 0, io.EOF
 	}
 	var end error
+	if r := o.q.recorder.Load(); r != nil {
+		r.touch(o.key, off, int64(len(p)))
+	}
 	if int64(len(p)) > o.size-off {
 		p, end = p[:o.size-off], io.EOF
 	}
@@ -344,8 +347,8 @@ func (o *Object) readFrom(ctx context.Context, src source, p []byte, off int64) 
 		return o.readFull(o.file, p, off)
 	}
 	first, last := src.object.ChunkAt(off), src.object.ChunkAt(off+int64(len(p))-1)
-	for range attempts {
-		flights := o.q.demand(o, src, first, last)
+	for attempt := range attempts {
+		flights := o.q.demand(o, src, first, last, attempt == 0)
 		again := false
 		for i := first; i <= last; i++ {
 			c, _ := src.object.Chunk(i)
@@ -379,7 +382,11 @@ func releaseAll(flights []*flight) {
 func (o *Object) waitChunk(ctx context.Context, i int, c toc.Chunk, f *flight, p []byte, off int64) (bool, error) {
 	if f != nil {
 		o.q.needed.Add(int64(len(p)))
-		if err := f.wait(ctx); err != nil {
+		if f.pack != nil {
+			if !f.waitPack(ctx) {
+				return false, context.Cause(ctx)
+			}
+		} else if err := f.wait(ctx); err != nil {
 			return false, err
 		}
 		if data := f.chunk(o.key, i); data != nil {

@@ -222,7 +222,11 @@ var acceptManifests = strings.Join([]string{
 
 // manifest reads what a tag or digest names, from the first endpoint whose answer check accepts.
 func (r *registry) manifest(ctx context.Context, id string, check func([]byte, http.Header) error) error {
-	want := &want{what: "manifest " + id, path: "manifests/" + id, accept: acceptManifests, tag: !strings.HasPrefix(id, "sha256:")}
+	return r.small(ctx, &want{what: "manifest " + id, path: "manifests/" + id, accept: acceptManifests, tag: !strings.HasPrefix(id, "sha256:")}, check)
+}
+
+// small reads what has at most the size of a manifest, from the first endpoint whose answer check accepts.
+func (r *registry) small(ctx context.Context, want *want, check func([]byte, http.Header) error) error {
 	return r.fetch(ctx, want, func(ctx context.Context, cancel context.CancelCauseFunc, e *endpoint) error {
 		resp, err := e.ask(ctx, want)
 		if err != nil {

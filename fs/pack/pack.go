@@ -1,0 +1,269 @@
+// Package pack is the startup pack: what a start of an image touches, as one blob, in the order in which
+// it is touched, so that one request brings it in a stream that is used while it arrives.
+//
+// A pack begins with an index: which tables of contents follow, and which chunks of which objects are in which frame. Then
+// come the tables as they lie in the layers' blobs, and the frames, each compressed by itself. docs/pack.md is its
+// specification.
+//
+// Nothing trusts a pack. It has no digests of its own: a table of contents is checked against the manifest, a chunk against
+// the table of contents, by whoever takes it. A pack that lies costs a request and never gives a wrong byte. What
+// this package promises is that [ReadIndex] takes memory in proportion to the bytes that arrive, and that
+// every place in an [Index] lies within the pack.
+//
+// An Index is immutable. A [Builder] belongs to one goroutine.
+package pack
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+
+	"github.com/klauspost/compress/zstd"
+
+	"lazuli/fs/toc"
+)
+
+// MediaType is a pack's as a layer of its artifact, and the artifact's type.
+const MediaType = "application/vnd.lazuli.pack.v1"
+
+// Annotations of a pack's artifact. They stand in a registry's list of referrers too, so that the artifact's manifest need not be read.
+const (
+	DigestAnnotation = "lazuli.pack.digest" // of the pack's blob
+	SizeAnnotation   = "lazuli.pack.size"   // of the blob, in bytes
+	MadeAnnotation   = "lazuli.pack.made"   // when, as RFC 3339 in UTC; the newest is taken
+)
+
+const (
+	magic      = "LZPACK01"
+	headerSize = 24 // magic 8, tables 4, frames 4, chunks 4, reserved 4
+	tableSize  = 40 // digest 32, length 8
+	frameSize  = 12 // length 4, inflated 4, chunks 4
+	chunkSize  = 12 // object 8, chunk 4
+
+	maxTables = 1 << 12
+	maxFrames = 1 << 20
+	maxChunks = 1 << 22
+	// MaxFrame is the most bytes that a frame may have, compressed or not: one chunk of the largest size.
+	MaxFrame = toc.MaxChunkSize
+)
+
+// A Chunk names one chunk of one object.
+type Chunk struct {
+	Object uint64 // the first 8 bytes of the object's key, as a big endian number
+	Index  int    // of the chunk in the object
+}
+
+// A Table is the place of a layer's table of contents.
+type Table struct {
+	Digest toc.Digest // what the manifest promises of it
+	Size   int64      // in bytes of the pack, compressed as in the layer's blob
+}
+
+// A Frame is some chunks, one behind the other, compressed together.
+type Frame struct {
+	Size     int // in bytes of the pack
+	Inflated int // equal to Size if the frame is not compressed
+	Chunks   []Chunk
+}
+
+// An Index says what a pack holds, in its order: Tables, then Frames.
+type Index struct {
+	Tables []Table
+	Frames []Frame
+	Size   int64 // of the whole pack, in bytes
+	Start  int64 // of the index: where the first table begins
+}
+
+// ReadIndex reads the index that r begins with. r is then at the first table.
+func ReadIndex(r io.Reader) (*Index, error) {
+	x, err := readIndex(r)
+	if err != nil {
+		return nil, fmt.Errorf("startup pack: %w", noEOF(err))
+	}
+	return x, nil
+}
+
+func readIndex(r io.Reader) (*Index, error) {
+	var h [headerSize]byte
+	if _, err := io.ReadFull(r, h[:]); err != nil {
+		return nil, err
+	}
+	le := binary.LittleEndian
+	if string(h[:8]) != magic {
+		return nil, errors.New("it does not begin like one")
+	}
+	tables, frames, chunks := le.Uint32(h[8:]), le.Uint32(h[12:]), le.Uint32(h[16:])
+	if tables > maxTables || frames > maxFrames || chunks > maxChunks {
+		return nil, fmt.Errorf("%d tables, %d frames, %d chunks: at most %d, %d and %d are possible", tables, frames, chunks, maxTables, maxFrames, maxChunks)
+	}
+	n := int64(tables)*tableSize + int64(frames)*frameSize + int64(chunks)*chunkSize
+	var buf bytes.Buffer // grows with what arrives, not with what was claimed
+	if _, err := io.CopyN(&buf, r, n); err != nil {
+		return nil, err
+	}
+	x := &Index{Start: headerSize + n, Size: headerSize + n}
+	for range tables {
+		b := buf.Next(tableSize)
+		t := Table{toc.Digest(b[:32]), int64(le.Uint64(b[32:]))}
+		if t.Size < 0 || t.Size > 1<<40 {
+			return nil, fmt.Errorf("a table of contents of %d bytes", t.Size)
+		}
+		x.Tables = append(x.Tables, t)
+		x.Size += t.Size
+	}
+	var counts []uint32
+	sum := uint64(0)
+	for range frames {
+		b := buf.Next(frameSize)
+		f := Frame{Size: int(le.Uint32(b)), Inflated: int(le.Uint32(b[4:]))}
+		n := le.Uint32(b[8:])
+		if f.Size == 0 || f.Size > f.Inflated || f.Inflated > MaxFrame || n == 0 {
+			return nil, fmt.Errorf("a frame of %d bytes, %d inflated, with %d chunks", f.Size, f.Inflated, n)
+		}
+		x.Frames = append(x.Frames, f)
+		counts = append(counts, n)
+		x.Size += int64(f.Size)
+		sum += uint64(n)
+	}
+	if sum != uint64(chunks) {
+		return nil, fmt.Errorf("the frames have %d chunks, the index %d", sum, chunks)
+	}
+	all := make([]Chunk, chunks)
+	for i := range all {
+		b := buf.Next(chunkSize)
+		all[i] = Chunk{binary.BigEndian.Uint64(b), int(le.Uint32(b[8:]))}
+	}
+	for i, n := range counts {
+		x.Frames[i].Chunks, all = all[:n:n], all[n:]
+	}
+	return x, nil
+}
+
+func noEOF(err error) error {
+	if err == io.EOF {
+		return io.ErrUnexpectedEOF
+	}
+	return err
+}
+
+// A Builder makes a pack. Its zero value is one without anything in it.
+type Builder struct {
+	tables []Table
+	bytes  [][]byte // of the tables
+	frames []Frame
+	packed [][]byte // of the frames
+
+	pending []byte // of the frame that is not full yet
+	chunks  []Chunk
+	encoder *zstd.Encoder
+}
+
+// frameTarget is how many bytes share a frame, unless one chunk is larger: so many that small files compress well together, and so
+// few that nobody waits long for the neighbours of what he wants.
+const frameTarget = 64 << 10
+
+// Table adds a layer's table of contents, compressed as it lies in the layer's blob.
+func (b *Builder) Table(digest toc.Digest, compressed []byte) {
+	b.tables = append(b.tables, Table{digest, int64(len(compressed))})
+	b.bytes = append(b.bytes, compressed)
+}
+
+// Chunk adds chunk i of the object named key, whose bytes are p. Chunks come in the order of their first touch.
+func (b *Builder) Chunk(key toc.Digest, i int, p []byte) error {
+	if len(b.pending) > 0 && len(b.pending)+len(p) > frameTarget {
+		if err := b.flush(); err != nil {
+			return err
+		}
+	}
+	b.chunks = append(b.chunks, Chunk{binary.BigEndian.Uint64(key[:]), i})
+	b.pending = append(b.pending, p...)
+	if len(b.pending) >= frameTarget {
+		return b.flush()
+	}
+	return nil
+}
+
+func (b *Builder) flush() error {
+	if len(b.pending) == 0 {
+		return nil
+	}
+	if b.encoder == nil {
+		var err error
+		// A pack is made once and read at every start, where inflating takes the same time at every level.
+		if b.encoder, err = zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedBetterCompression), zstd.WithEncoderCRC(false), zstd.WithEncoderConcurrency(1)); err != nil {
+			return err
+		}
+	}
+	packed := b.encoder.EncodeAll(b.pending, nil)
+	if len(packed) >= len(b.pending) {
+		packed = bytes.Clone(b.pending)
+	}
+	b.frames = append(b.frames, Frame{len(packed), len(b.pending), b.chunks})
+	b.packed = append(b.packed, packed)
+	b.pending, b.chunks = b.pending[:0], nil
+	return nil
+}
+
+// WriteTo writes the pack.
+func (b *Builder) WriteTo(w io.Writer) (int64, error) {
+	if err := b.flush(); err != nil {
+		return 0, err
+	}
+	le := binary.LittleEndian
+	out := []byte(magic)
+	chunks := 0
+	for _, f := range b.frames {
+		chunks += len(f.Chunks)
+	}
+	if len(b.tables) > maxTables || len(b.frames) > maxFrames || chunks > maxChunks {
+		return 0, fmt.Errorf("startup pack: %d tables, %d frames, %d chunks: at most %d, %d and %d are possible", len(b.tables), len(b.frames), chunks, maxTables, maxFrames, maxChunks)
+	}
+	out = le.AppendUint32(out, uint32(len(b.tables)))
+	out = le.AppendUint32(out, uint32(len(b.frames)))
+	out = le.AppendUint32(out, uint32(chunks))
+	out = le.AppendUint32(out, 0)
+	for _, t := range b.tables {
+		out = append(out, t.Digest[:]...)
+		out = le.AppendUint64(out, uint64(t.Size))
+	}
+	for _, f := range b.frames {
+		out = le.AppendUint32(out, uint32(f.Size))
+		out = le.AppendUint32(out, uint32(f.Inflated))
+		out = le.AppendUint32(out, uint32(len(f.Chunks)))
+	}
+	for _, f := range b.frames {
+		for _, c := range f.Chunks {
+			out = binary.BigEndian.AppendUint64(out, c.Object)
+			out = le.AppendUint32(out, uint32(c.Index))
+		}
+	}
+	n := int64(0)
+	for _, part := range append(append([][]byte{out}, b.bytes...), b.packed...) {
+		m, err := w.Write(part)
+		n += int64(m)
+		if err != nil {
+			return n, err
+		}
+	}
+	return n, nil
+}
+
+// decoder inflates frames; it is used side by side.
+var decoder, _ = zstd.NewReader(nil, zstd.WithDecoderConcurrency(0), zstd.WithDecoderMaxMemory(MaxFrame), zstd.WithDecoderMaxWindow(MaxFrame))
+
+// Inflate returns the content of a frame, whose bytes in the pack are p, in buf if that is large enough: Inflated bytes, unverified.
+func (f *Frame) Inflate(p, buf []byte) ([]byte, error) {
+	if f.Size == f.Inflated {
+		return p, nil
+	}
+	out, err := decoder.DecodeAll(p, buf[:0])
+	if err == nil && len(out) != f.Inflated {
+		err = fmt.Errorf("%d bytes instead of %d", len(out), f.Inflated)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("startup pack: a frame: %w", err)
+	}
+	return out, nil
+}

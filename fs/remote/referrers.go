@@ -1,0 +1,69 @@
+package remote
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/types"
+	"golang.org/x/sync/errgroup"
+)
+
+// Referrers returns the artifacts of a type that say of themselves that they belong to the manifest with a digest, as the registry
+// lists them: from its referrers API and, since many have none, from the tag that stands in for it, both asked side by side. Nothing
+// but the digests of what they name can be relied on. A source that is not a registry has none.
+//
+// Source: OCI distribution specification 1.1, "Listing Referrers" and "Unavailable Referrers API".
+func Referrers(ctx context.Context, src Source, digest v1.Hash, artifactType string) ([]v1.Descriptor, error) {
+	r, ok := src.(*registry)
+	if !ok {
+		return nil, nil
+	}
+	if err := checkHash(digest); err != nil {
+		return nil, r.wrap(fmt.Errorf("referrers of %.100q: %w", digest, err))
+	}
+	wants := []*want{
+		{what: "referrers of " + digest.String(), path: "referrers/" + digest.String(), accept: string(types.OCIImageIndex), tag: true},
+		{what: "tag for referrers of " + digest.String(), path: "manifests/sha256-" + digest.Hex, accept: string(types.OCIImageIndex), tag: true},
+	}
+	lists := make([][]v1.Descriptor, len(wants))
+	var group errgroup.Group
+	for i, w := range wants {
+		group.Go(func() (err error) {
+			lists[i], err = r.referrers(ctx, w)
+			return err
+		})
+	}
+	err := group.Wait()
+	seen := map[v1.Hash]bool{}
+	var found []v1.Descriptor
+	for _, list := range lists {
+		for _, d := range list {
+			if d.ArtifactType == artifactType && !seen[d.Digest] && checkHash(d.Digest) == nil {
+				seen[d.Digest] = true
+				found = append(found, d)
+			}
+		}
+	}
+	if len(found) > 0 {
+		err = nil
+	}
+	return found, r.wrap(err)
+}
+
+func (r *registry) referrers(ctx context.Context, w *want) ([]v1.Descriptor, error) {
+	var index v1.IndexManifest
+	err := r.small(ctx, w, func(raw []byte, _ http.Header) error {
+		if err := json.Unmarshal(raw, &index); err != nil {
+			return fmt.Errorf("%s: %w", w.what, err)
+		}
+		return nil
+	})
+	if errors.Is(err, ErrNotFound) {
+		err = nil
+	}
+	return index.Manifests, err
+}

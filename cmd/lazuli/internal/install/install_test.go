@@ -586,8 +586,7 @@ func TestUnit(t *testing.T) {
 	must(t, os.WriteFile(file, unitText("/bin/true daemon", []string{"/x"}), 0o644))
 	out, err := exec.Command("systemd-analyze", "verify", file).CombinedOutput()
 	for _, l := range lines(out) {
-		// systemd before 254 does not know it, and says so.
-		if strings.Contains(l, unitName) && !strings.Contains(l, "FileDescriptorStorePreserve") {
+		if strings.Contains(l, unitName) {
 			t.Errorf("%s", l)
 		}
 	}

@@ -82,15 +82,14 @@ const (
 	aheadRequests = 8
 	fillRequests  = 3
 
-	// firstWindow is how much is read ahead, in bytes of the blob, at a miss with no history. It doubles at each further
-	// miss in sequence up to maxWindow. A Python job with SciPy that nobody profiled took, at 20 ms and 1 Gbit/s:
+	// firstWindow is how much is read ahead, in bytes of the blob, at a miss with no history, while the link is not known
+	// (link.window). It doubles at each further miss in sequence up to maxWindow. A Python job with SciPy that nobody profiled
+	// took, at 20 ms and 1 Gbit/s, with a fixed window:
 	//
 	//	window     128 KiB  512 KiB  1 MiB  2 MiB
 	//	seconds        5.5      3.8    3.4    2.8
 	//	misses         190      120     92     61
 	//	MB              36       51     64     80
-	//
-	// 1 MiB is for links slower than that one; a window from the measured round trip and bandwidth would know.
 	firstWindow = 1 << 20
 	maxWindow   = 8 << 20
 
@@ -130,6 +129,7 @@ type Queue struct {
 	changes int // of layers
 	flights map[memberID]*flight
 	packs   map[packID]*flight // of frames of startup packs
+	lot     lot
 	objects map[uint64]*Object // open ones, by number
 	unused  list.List          // of the *Object that nobody has open, oldest first
 
@@ -141,7 +141,9 @@ type Queue struct {
 	gzips, zstds sync.Pool // of decompressors
 
 	requests, fetched, needed, misses, errors atomic.Int64
+	reads                                     atomic.Int64 // that did not find all in the store
 	waits                                     waits
+	link                                      link
 	recorder                                  atomic.Pointer[Recorder]
 	lastFull                                  atomic.Int64 // when a full store was last logged, in Unix seconds
 }
@@ -167,6 +169,7 @@ func New(s *store.Store, o Options) *Queue {
 	if q.timeout == 0 {
 		q.timeout = time.Minute
 	}
+	q.lot.limit = maxParked
 	q.ctx, q.cancel = context.WithCancelCause(context.Background())
 	return q
 }
@@ -182,6 +185,7 @@ func (q *Queue) Close() error {
 	q.closed = true // so that nothing is added to what is waited for
 	q.mu.Unlock()
 	q.cancel(errClosed)
+	q.dropParked(nil)
 	q.work.Wait()
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -214,6 +218,7 @@ func (q *Queue) Add(l *Layer) error {
 // layer that has the object, or fail. The layer's table must stay open until Close.
 func (q *Queue) Remove(l *Layer) {
 	l.cancel(errRemoved)
+	q.dropParked(func(x *Layer) bool { return x == l })
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	for i, x := range q.layers {
@@ -490,6 +495,7 @@ func (q *Queue) fill(ctx context.Context, l *Layer) error {
 
 // await returns when what is under way of l has ended, well or not.
 func (q *Queue) await(ctx context.Context, l *Layer) error {
+	q.wakeLayer(l)
 	var flights []*flight
 	q.mu.Lock()
 	for id, f := range q.flights {

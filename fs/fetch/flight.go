@@ -48,6 +48,10 @@ type flight struct {
 	pack  *packed
 	end   int64 // of the frame, in bytes of the pack
 
+	// Under Queue.mu:
+	arrived bool    // its bytes are here
+	parked  *parked // they are parked
+
 	waiters atomic.Int32 // leave 0 only under Queue.mu
 	tries   int          // by the goroutine that decodes
 }
@@ -60,6 +64,7 @@ type chunkID struct {
 // A run is neighbouring members that are fetched in one request.
 type run struct {
 	priority priority
+	parks    bool          // what nobody waits for when it arrives is not decoded yet
 	promoted chan struct{} // closed when somebody waits for one of the flights
 	once     sync.Once
 }
@@ -107,6 +112,12 @@ func (f *flight) release() { f.waiters.Add(-1) }
 func (q *Queue) demand(o *Object, src source, first, last int, usePack bool) []*flight {
 	flights := make([]*flight, last-first+1)
 	l := src.layer
+	waits := false // for the network
+	defer func() {
+		if waits {
+			q.misses.Add(1)
+		}
+	}()
 	for i := first; i <= last; i++ {
 		_, m := src.object.Chunk(i)
 		if m < 0 || flights[i-first] != nil || o.has(i) {
@@ -114,10 +125,13 @@ func (q *Queue) demand(o *Object, src source, first, last int, usePack bool) []*
 		}
 		if usePack {
 			if flights[i-first] = q.joinPack(o.key, i); flights[i-first] != nil {
+				waits = true
 				continue
 			}
 		}
-		if flights[i-first] = q.join(l, m); flights[i-first] != nil {
+		var arrived bool
+		if flights[i-first], arrived = q.join(l, m); flights[i-first] != nil {
+			waits = waits || !arrived
 			continue
 		}
 		if l.members[m].Load() {
@@ -135,7 +149,9 @@ func (q *Queue) demand(o *Object, src source, first, last int, usePack bool) []*
 		}
 		start, _ := l.Table.Member(m)
 		_, end := l.Table.Member(to - 1)
-		begun, _ := q.startRun(l, m, l.Table.NumMembers(), end-start+q.window(l, m, to), demand, to)
+		waits = true
+		window := max(q.window(l, m, to), restOf(src, to))
+		begun, _ := q.startRun(l, m, l.Table.NumMembers(), end-start+window, demand, to)
 		for _, f := range begun {
 			if f.id.member >= to {
 				break
@@ -149,22 +165,24 @@ func (q *Queue) demand(o *Object, src source, first, last int, usePack bool) []*
 			f.release() // startRun's
 		}
 		if flights[i-first] == nil { // somebody else began it meanwhile; nil if it arrived too
-			flights[i-first] = q.join(l, m)
+			flights[i-first], _ = q.join(l, m)
 		}
 	}
 	return flights
 }
 
-// join returns the flight of a member with one more waiter, or nil if there is none.
-func (q *Queue) join(l *Layer, m int) *flight {
+// join returns the flight of a member with one more waiter, or nil if there is none, and whether its bytes have arrived.
+func (q *Queue) join(l *Layer, m int) (f *flight, arrived bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	f := q.flights[memberID{l, m}]
+	f = q.flights[memberID{l, m}]
 	if f != nil {
 		f.waiters.Add(1)
 		f.run.promote()
+		q.wake(f)
+		arrived = f.arrived
 	}
-	return f
+	return f, arrived
 }
 
 // flying reports whether chunk i of the source's object is on its way.
@@ -173,6 +191,24 @@ func (q *Queue) flying(src source, i int) bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	return q.flights[memberID{src.layer, m}] != nil
+}
+
+// maxRest is how many bytes of a blob are fetched to have the rest of a file with the piece that is asked for.
+const maxRest = 2 << 20
+
+// restOf returns how many bytes of the blob lie between member to and the end of the source's object, or 0 if they are
+// too many.
+func restOf(src source, to int) int64 {
+	_, last := src.object.Chunk(src.object.NumChunks() - 1)
+	if last < to {
+		return 0
+	}
+	start, _ := src.layer.Table.Member(to)
+	_, end := src.layer.Table.Member(last)
+	if end-start > maxRest {
+		return 0
+	}
+	return end - start
 }
 
 // window returns how many bytes of the blob to fetch beyond members first to end-1, for which somebody is going to wait.
@@ -188,7 +224,7 @@ func (q *Queue) window(l *Layer, first, end int) int64 {
 			return s.window
 		}
 	}
-	window := int64(firstWindow)
+	window := q.link.window()
 	if l.packed.Load() {
 		// What a start wants has come. What is missing is single, unless it turns out to be read in sequence.
 		window = 1
@@ -229,6 +265,13 @@ func (q *Queue) ahead(src source, first, last int) {
 			end = next + 1
 			i++
 		}
+		q.mu.Lock()
+		for x := m; x < end; x++ { // it is wanted now
+			if f := q.flights[memberID{src.layer, x}]; f != nil {
+				q.wake(f)
+			}
+		}
+		q.mu.Unlock()
 		for m < end {
 			_, m = q.startRun(src.layer, m, end, maxRun, ahead, 0)
 		}
@@ -256,7 +299,7 @@ func (q *Queue) startRun(l *Layer, m, end int, size int64, p priority, wanted in
 		}
 		last++
 	}
-	r := &run{priority: p, promoted: make(chan struct{})}
+	r := &run{priority: p, parks: p == demand, promoted: make(chan struct{})}
 	var flights []*flight
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -386,11 +429,7 @@ func (q *Queue) request(ctx context.Context, r *run, flights []*flight) (arrived
 			return arrived, fmt.Errorf("at byte %d of the blob: %w", from+int64(n), noEOF(err))
 		}
 		arrived++
-		q.decoders <- struct{}{}
-		q.work.Go(func() {
-			defer func() { <-q.decoders }()
-			q.landOrRetry(f, b, body)
-		})
+		q.parkOrLand(f, b, body)
 	}
 	return arrived, nil
 }
@@ -405,13 +444,16 @@ type body struct {
 	ctx    context.Context // of the request
 	cancel context.CancelCauseFunc
 	alive  *time.Timer // cancels ctx; runs while the network is waited for
+
+	begun, first time.Time // of the request, and its first byte
+	n            int64     // bytes that came
 }
 
 // stream begins the request.
 func (q *Queue) stream(ctx context.Context, r *run, blob Blob, off, n int64) (*body, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	patience := q.timeout / 2
-	b := &body{q: q, r: r, ctx: ctx, cancel: cancel}
+	b := &body{q: q, r: r, ctx: ctx, cancel: cancel, begun: time.Now()}
 	b.alive = time.AfterFunc(patience, func() { cancel(fmt.Errorf("nothing arrived for %v", patience)) })
 	q.requests.Add(1)
 	var err error
@@ -432,6 +474,10 @@ func (b *body) Read(p []byte) (int, error) {
 	b.alive.Reset(b.q.timeout / 2)
 	n, err := b.ReadCloser.Read(p)
 	b.alive.Stop()
+	if b.n == 0 {
+		b.first = time.Now()
+	}
+	b.n += int64(n)
 	b.q.fetched.Add(int64(n))
 	if err != nil {
 		err = b.cause(err)
@@ -449,6 +495,9 @@ func (b *body) cause(err error) error {
 
 func (b *body) Close() error {
 	defer b.cancel(nil)
+	if b.n > 0 && b.r.priority != background { // which is held up
+		b.q.link.answered(b.n, b.first.Sub(b.begun), time.Since(b.first))
+	}
 	return b.ReadCloser.Close()
 }
 

@@ -298,7 +298,7 @@ func (o *Object) readChunks(ctx context.Context, p []byte, off int64) error {
 		return err
 	}
 	defer o.q.wait()()
-	o.q.misses.Add(1)
+	o.q.reads.Add(1)
 	ctx, cancel := context.WithTimeoutCause(ctx, o.q.timeout,
 		fmt.Errorf("no answer within %v", o.q.timeout))
 	defer cancel()
@@ -335,6 +335,7 @@ const attempts = 3
 
 func (o *Object) readFrom(ctx context.Context, src source, p []byte, off int64) error {
 	if src.layer.Table.Compression() == toc.Whole {
+		o.q.misses.Add(1)
 		if err := o.q.whole(ctx, src.layer); err != nil {
 			return err
 		}

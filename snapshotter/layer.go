@@ -48,10 +48,8 @@ func (s *Snapshotter) readLayer(id string) (*layer, error) {
 	return l, nil
 }
 
+// writeLayer writes the layer down in the snapshot's folder, which is there: one that was removed must not come back.
 func (s *Snapshotter) writeLayer(id string, l *layer) error {
-	if err := os.MkdirAll(s.dir(id), 0o711); err != nil {
-		return err
-	}
 	b, err := json.MarshalIndent(l, "", "\t")
 	if err != nil {
 		return err

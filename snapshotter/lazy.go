@@ -5,11 +5,13 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"os"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/core/snapshots/storage"
 	"github.com/containerd/errdefs"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
 
 	"lazuli/fs/rootfs"
 )
@@ -31,6 +33,7 @@ func (s *Snapshotter) prepareLazy(ctx context.Context, target, key, parent strin
 		s.fellBack(q, err)
 		return false, nil
 	}
+	q.manifest = p.image.Digest // no label says it to who pulled by the tag
 	release, err := s.node.Hold()
 	if err != nil {
 		return false, err
@@ -53,6 +56,9 @@ func (s *Snapshotter) prepareLazy(ctx context.Context, target, key, parent strin
 		}
 		l := &layer{Target: target}
 		l.Layers = []rootfs.RecordLayer{record}
+		if err := os.MkdirAll(s.dir(snap.ID), 0o711); err != nil {
+			return err
+		}
 		if err := s.writeLayer(snap.ID, l); err != nil {
 			return err
 		}
@@ -84,7 +90,10 @@ func (s *Snapshotter) prepareLazy(ctx context.Context, target, key, parent strin
 // noteImage writes down that the snapshot is the top of an image, for who lists images.
 func (s *Snapshotter) noteImage(id string, q request, layers []rootfs.RecordLayer) error {
 	r := s.node.Chain(layers).Record()
-	r.Reference, r.Digest, r.Used = q.ref.String(), q.manifest.String(), time.Now().UTC()
+	r.Reference, r.Used = q.ref.String(), time.Now().UTC()
+	if q.manifest != (v1.Hash{}) {
+		r.Digest = q.manifest.String()
+	}
 	return r.Write(s.dir(id, rootfs.ImageRecord))
 }
 
@@ -133,7 +142,7 @@ func (s *Snapshotter) agree(ctx context.Context, target, parent string, record r
 		if err == nil {
 			return true, nil
 		}
-		if !errors.As(err, &lie) {
+		if !errors.As(err, &lie) && !errdefs.IsNotFound(err) { // it was removed meanwhile
 			return false, fmt.Errorf("layer %s is claimed to be the same as layer %s, which is here and cannot be verified: %w", record.Digest, c.record().Digest, err)
 		}
 	}

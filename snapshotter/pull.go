@@ -25,8 +25,9 @@ const (
 	labelLayers   = "containerd.io/snapshot/cri.image-layers" // this one and those above, as many as fit into a label
 	labelDiffID   = "containerd.io/snapshot/diff-id"
 
-	labelStargzRef   = "containerd.io/snapshot/remote/stargz.reference"
-	labelStargzLayer = "containerd.io/snapshot/remote/stargz.digest"
+	labelStargzRef    = "containerd.io/snapshot/remote/stargz.reference"
+	labelStargzLayer  = "containerd.io/snapshot/remote/stargz.digest"
+	labelStargzLayers = "containerd.io/snapshot/remote/stargz.layers"
 )
 
 // A request is what the labels of a Prepare say about a layer.
@@ -53,7 +54,7 @@ func parseRequest(target string, labels map[string]string) (q request, ok bool) 
 	q.diffID, _ = v1.NewHash(labels[labelDiffID])
 	q.toc = labels[toc.DigestAnnotation]
 	q.target = target
-	q.top = labels[labelLayers] == labels[labelLayer]
+	q.top = or(labels[labelLayers], labels[labelStargzLayers]) == q.layer.String()
 	return q, q.ref.Kind() == remote.Registry
 }
 
@@ -134,7 +135,17 @@ func (s *Snapshotter) pull(q request) *pull {
 // resolve gets the image's manifest and then the tables of contents of all layers side by side, and makes the metadata
 // image if all are lazy. It returns an error if anything could not be had.
 func (s *Snapshotter) resolve(ctx context.Context, p *pull, q request) error {
+	var startup *rootfs.Startup // begins as soon as the image's digest is known
+	if q.manifest != (v1.Hash{}) {
+		startup = s.node.Startup(q.ref, q.manifest)
+	}
 	p.image, p.err = s.image(ctx, q)
+	if startup == nil && p.err == nil {
+		startup = s.node.Startup(q.ref, p.image.Digest)
+	}
+	if startup != nil {
+		defer startup.Close()
+	}
 	if p.err == nil {
 		for _, l := range p.image.Layers {
 			p.layers = append(p.layers, &pulledLayer{done: make(chan struct{}), digest: l.Digest})
@@ -168,9 +179,17 @@ func (s *Snapshotter) resolve(ctx context.Context, p *pull, q request) error {
 	}
 	if whole && len(records) > 0 {
 		// Somebody is going to start it. An error is for who does: it is made again then.
-		if _, err := s.node.Chain(records).Build(tocs); err != nil {
-			s.log.Warn("metadata image", "image", q.ref.String(), "err", err)
+		chain := s.node.Chain(records)
+		group.Go(func() error {
+			if _, err := chain.Build(tocs); err != nil {
+				s.log.Warn("metadata image", "image", q.ref.String(), "err", err)
+			}
+			return nil
+		})
+		if err := chain.Start(startup); err != nil && ctx.Err() == nil {
+			s.log.Warn("the startup pack was not of use", "image", q.ref.String(), "err", err)
 		}
+		group.Wait()
 	}
 	return err
 }

@@ -73,11 +73,15 @@ func Open(node *rootfs.Node, o Options) (*Snapshotter, error) {
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
 	}
-	// Containers' users look through the folder at the mounts in it.
-	if err := os.MkdirAll(s.root, 0o711); err != nil {
+	// Whoever runs a container gets a bind mount of what is in the folder. Nobody else has a way to it: root in a container can make
+	// set-uid programs, which other users of the machine must not run (as in CVE-2021-41103).
+	err := os.MkdirAll(s.root, 0o700)
+	if err == nil {
+		err = os.Chmod(s.root, 0o700)
+	}
+	if err != nil {
 		return nil, err
 	}
-	var err error
 	if s.ms, err = storage.NewMetaStore(filepath.Join(s.root, "metadata.db")); err != nil {
 		return nil, err
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"slices"
 	"strconv"
@@ -11,6 +12,7 @@ import (
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/core/snapshots/storage"
+	"github.com/containerd/errdefs"
 
 	"lazuli/fs/rootfs"
 )
@@ -51,7 +53,7 @@ func (s *Snapshotter) Verify(ctx context.Context, all bool) error {
 			return nil
 		}
 		var lie *rootfs.ErrDiffID
-		if err := s.verify(ctx, id, info.Name, l); err != nil && !errors.As(err, &lie) {
+		if err := s.verify(ctx, id, info.Name, l); err != nil && !errors.As(err, &lie) && !errdefs.IsNotFound(err) {
 			errs = append(errs, err)
 		}
 		return nil
@@ -60,18 +62,17 @@ func (s *Snapshotter) Verify(ctx context.Context, all bool) error {
 }
 
 // verify reads all of a layer, compares its diffID with the one that is claimed, and writes down what came of it. The error
-// is a *rootfs.ErrDiffID if it was a lie.
+// is a *rootfs.ErrDiffID if it was a lie, and wraps errdefs.ErrNotFound if the snapshot was removed meanwhile.
 func (s *Snapshotter) verify(ctx context.Context, id, name string, l *layer) error {
 	r := l.record()
+	var err error
 	if r.DiffID == "" {
-		diffID, err := s.node.ClaimedDiffID(ctx, r)
-		if err != nil {
-			return err
-		}
-		r.DiffID = diffID
+		r.DiffID, err = s.node.ClaimedDiffID(ctx, r)
 		l.Layers[0] = r
 	}
-	err := s.node.VerifyDiffID(ctx, r)
+	if err == nil {
+		err = s.node.VerifyDiffID(ctx, r)
+	}
 	var lie *rootfs.ErrDiffID
 	switch {
 	case errors.As(err, &lie):
@@ -82,7 +83,9 @@ func (s *Snapshotter) verify(ctx context.Context, id, name string, l *layer) err
 	default:
 		l.Verified = true
 	}
-	if werr := s.writeLayer(id, l); werr != nil {
+	if werr := s.writeLayer(id, l); errors.Is(werr, fs.ErrNotExist) {
+		return fmt.Errorf("snapshot %s: %w", name, errdefs.ErrNotFound)
+	} else if werr != nil {
 		return werr
 	}
 	if lie == nil {

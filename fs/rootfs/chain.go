@@ -45,10 +45,14 @@ func (c Chain) Record() Record { return Record{Chain: c.ID(), Layers: c.Layers} 
 
 // record returns what another process needs to go on with the layer, of an image that has its blob.
 func (l *layer) record(ref remote.Reference) RecordLayer {
-	return RecordLayer{
+	r := RecordLayer{
 		ID: l.id, Digest: l.Digest.String(), Size: l.Size, Lazy: l.why == nil, Compressed: l.promise.Compressed,
-		DiffID: l.diffID.String(), Reference: ref.String(),
+		Reference: ref.String(),
 	}
+	if l.diffID != (v1.Hash{}) {
+		r.DiffID = l.diffID.String()
+	}
+	return r
 }
 
 var errOrdinary = fmt.Errorf("%w: it was not when it was first seen", toc.ErrNotLazy)
@@ -342,16 +346,23 @@ func (n *Node) Complete(r RecordLayer) bool {
 	return u != nil && n.queue.Complete(u.Layer)
 }
 
-// An ErrDiffID says that a layer is not what the image's config claims.
-type ErrDiffID struct{ Layer, Claimed, Is string }
+// An ErrDiffID says that a layer is not what the image's config claims: the tar is another, or it is the one and
+// the table of contents tells of another tree, which then has no diffID at all.
+type ErrDiffID struct {
+	Layer, Claimed, Is string
+	Tree               string // how the table of contents and the tar differ, "" if that is not it
+}
 
 func (e *ErrDiffID) Error() string {
+	if e.Tree != "" {
+		return fmt.Sprintf("layer %s: its table of contents is not that of its tar: %s", e.Layer, e.Tree)
+	}
 	return fmt.Sprintf("layer %s: the image's config claims the diffID %s, but its tar has %s", e.Layer, e.Claimed, e.Is)
 }
 
-// VerifyDiffID reads a layer's blob from beginning to end, when nobody waits for the link, and compares it with
-// its digest and its tar with the diffID that the image's config claims. The error is an [*ErrDiffID] if that is
-// wrong; others say that it could not be found out.
+// VerifyDiffID reads a lazy layer's blob from beginning to end, when nobody waits for the link, and compares it with
+// its digest, its tar with the diffID that the image's config claims, and the tar's files with the table of contents, which is what
+// is mounted. The error is an [*ErrDiffID] if one of the latter is wrong; others say that it could not be found out.
 func (n *Node) VerifyDiffID(ctx context.Context, r RecordLayer) error {
 	l, _, err := n.openRecord(r)
 	if err != nil {
@@ -360,17 +371,22 @@ func (n *Node) VerifyDiffID(ctx context.Context, r RecordLayer) error {
 	if l.Blob == nil {
 		return fmt.Errorf("%s: no registry has it", l.id)
 	}
+	t, err := l.load(n)
+	if err != nil {
+		return fmt.Errorf("%s: its table of contents: %w: remove the image and pull it again", l.name(), err)
+	}
 	blob := &wholeBlob{ctx: ctx, blob: l.Blob, size: l.Size, o: &MountOptions{}}
 	defer blob.Close()
-	is, digest, err := diffID(&patient{ctx, n.queue, blob})
-	if err != nil {
+	is, err := compareTar(&patient{ctx, n.queue, blob}, t)
+	switch {
+	case err != nil:
 		return fmt.Errorf("%s: %w", l.name(), err)
-	}
-	if digest.String() != l.Digest.String() {
-		return fmt.Errorf("%s: the registry sent a blob with the digest %v", l.name(), digest)
-	}
-	if is.String() != r.DiffID {
-		return &ErrDiffID{r.Digest, r.DiffID, is.String()}
+	case is.digest.String() != l.Digest.String():
+		return fmt.Errorf("%s: the registry sent a blob with the digest %v", l.name(), is.digest)
+	case is.diffID.String() != r.DiffID:
+		return &ErrDiffID{Layer: r.Digest, Claimed: r.DiffID, Is: is.diffID.String()}
+	case is.lie != "":
+		return &ErrDiffID{Layer: r.Digest, Claimed: r.DiffID, Is: r.DiffID, Tree: is.lie}
 	}
 	return nil
 }
@@ -416,7 +432,8 @@ func (n *Node) Known(ctx context.Context, r RecordLayer) error {
 	return l.makeTable(n, t)
 }
 
-// ClaimedDiffID returns what the config of the layer's image says that its diffID is.
+// ClaimedDiffID returns what the config of the layer's image says that its diffID is. The error is an [*ErrDiffID] if it says
+// more than one thing.
 func (n *Node) ClaimedDiffID(ctx context.Context, r RecordLayer) (string, error) {
 	ref, err := remote.ParseReference(r.Reference)
 	if err != nil {
@@ -435,12 +452,21 @@ func (n *Node) ClaimedDiffID(ctx context.Context, r RecordLayer) (string, error)
 	if err != nil {
 		return "", err
 	}
+	claimed := ""
 	for i, l := range image.Layers {
-		if l.Digest.String() == r.Digest && i < len(config.RootFS.DiffIDs) {
-			return config.RootFS.DiffIDs[i].String(), nil
+		if l.Digest.String() != r.Digest || i >= len(config.RootFS.DiffIDs) {
+			continue
 		}
+		d := config.RootFS.DiffIDs[i].String()
+		if claimed != "" && claimed != d {
+			return "", &ErrDiffID{Layer: r.Digest, Claimed: claimed + " and the diffID " + d, Is: "one only"}
+		}
+		claimed = d
 	}
-	return "", fmt.Errorf("%s has no layer %s", r.Reference, r.Digest)
+	if claimed == "" {
+		return "", fmt.Errorf("%s has no layer %s", r.Reference, r.Digest)
+	}
+	return claimed, nil
 }
 
 // Chunks returns a function that returns the chunks of an object that one of the chain's layers has. Where they lie in a

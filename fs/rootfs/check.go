@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"time"
 
 	"github.com/google/go-containerregistry/pkg/authn"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -188,11 +187,21 @@ func (l *layer) check(ctx context.Context, r *LayerReport, o *MountOptions) erro
 	}
 	file := io.NewSectionReader(f, 0, n)
 
+	var t *toc.TOC
+	if l.why == nil {
+		t = l.checkTOC(f, n, r)
+	}
 	// The tar, as somebody who does not know about tables of contents reads it.
 	var tar *toc.TOC
+	same := comparison{t: t}
 	z, err := toc.OpenTar(file)
 	if err == nil {
-		tar, err = toc.FromTar(z, toc.MaxChunkSize, func(toc.Chunk, []byte) error { return ctx.Err() })
+		tar, err = toc.FromTar(z, toc.MaxChunkSize, func(c toc.Chunk, data []byte) error {
+			if t != nil {
+				same.data(c, data)
+			}
+			return ctx.Err()
+		})
 		z.Close()
 	}
 	switch {
@@ -204,10 +213,6 @@ func (l *layer) check(ctx context.Context, r *LayerReport, o *MountOptions) erro
 	case tar.Digest.String() != l.diffID.String():
 		r.problem("the diffID is %v, but the config says %v", tar.Digest, l.diffID)
 	}
-	if l.why != nil {
-		return nil
-	}
-	t := l.checkTOC(f, n, r)
 	if t == nil {
 		return nil
 	}
@@ -216,6 +221,9 @@ func (l *layer) check(ctx context.Context, r *LayerReport, o *MountOptions) erro
 	}
 	if tar != nil {
 		compareEntries(t, tar, r)
+		if same.problem != "" {
+			r.problem("%s", same.problem)
+		}
 	}
 	return l.checkChunks(ctx, f, t, r)
 }
@@ -268,12 +276,7 @@ func compareEntries(t, tar *toc.TOC, r *LayerReport) {
 	found := 0
 	for i := range t.Entries {
 		a, b := t.Entries[i], tar.Entries[i]
-		a.FirstChunk, a.NumChunks, b.FirstChunk, b.NumChunks = 0, 0, 0, 0
-		// Writers other than ours round to seconds.
-		if off := time.Unix(b.MTime, int64(b.MTimeNsec)).Sub(time.Unix(a.MTime, 0)); a.MTimeNsec == 0 && off.Abs() <= time.Second/2 {
-			b.MTime, b.MTimeNsec = a.MTime, 0
-		}
-		if fmt.Sprint(a) == fmt.Sprint(b) {
+		if sameEntry(a, b) {
 			continue
 		}
 		if found++; found <= enough {

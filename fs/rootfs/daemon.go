@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -16,17 +17,27 @@ import (
 	"lazuli/fs/store"
 )
 
-// lockDaemon takes the lock of the one daemon that a root folder may have, and writes down whose it is.
+// lingering is how long a daemon may have its root folder that is about to be gone.
+const lingering = 3 * time.Second
+
+// lockDaemon takes the lock of the one daemon that a root folder may have.
 func lockDaemon(root string) (*os.File, error) {
 	f, err := os.OpenFile(filepath.Join(root, "daemon.lock"), os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
 		return nil, err
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		f.Close()
-		return nil, fmt.Errorf("%s: a daemon has this root folder already: stop it, or choose another with --root", root)
+	// A process that was killed closes its files one after the other, and this one perhaps long after that by which its
+	// successor knew that it is gone.
+	for end := time.Now().Add(lingering); ; time.Sleep(5 * time.Millisecond) {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return f, nil
+		}
+		if err != unix.EWOULDBLOCK && err != unix.EINTR || time.Now().After(end) {
+			f.Close()
+			return nil, fmt.Errorf("%s: a daemon has this root folder already: stop it, or choose another with --root", root)
+		}
 	}
-	return f, nil
 }
 
 // Root is the node's root folder, without symbolic links.

@@ -243,7 +243,10 @@ func (n *Node) Bound(limit int64) (freed, left int64, err error) {
 	defer release()
 	for {
 		f, err := n.evict(left - limit)
-		freed, left = freed+f, left-f
+		freed += f // not all of it were objects
+		if err == nil {
+			left, err = n.store.Size()
+		}
 		if err != nil || left <= limit {
 			return freed, left, err
 		}

@@ -257,6 +257,8 @@ func (n *Node) serve() (dir string, err error) {
 
 // MountOptions configures one mount. Its zero value is the recommendation.
 type MountOptions struct {
+	// Record writes down what is read, for [Rootfs.Recorded]: every read comes through the object server then.
+	Record bool
 	// RW adds a writable layer, which is thrown away at Close.
 	RW bool
 	// Platform chooses from an index. Nil is this machine's.
@@ -299,6 +301,9 @@ type Rootfs struct {
 	layers []*layer
 	queued []*fetch.Layer
 	record Record
+
+	startup  *Startup             // nil if none is of use
+	recorded func() []fetch.Touch // nil without a recording
 
 	// Of one that was adopted:
 	release func()
@@ -368,6 +373,10 @@ func (r *Rootfs) mount(ctx context.Context, ref remote.Reference, dir string, o 
 		return err
 	}
 	parts := overlay{meta: metaDir, objects: n.store.Objects(), server: server}
+	if o.Record {
+		parts.objects = filepath.Join(r.dir, "empty")
+		r.recorded = n.queue.Record()
+	}
 	if o.RW {
 		parts.upper, parts.work = filepath.Join(r.dir, "upper"), filepath.Join(r.dir, "work")
 		err = likeRoot(parts.upper, metaDir)
@@ -393,7 +402,7 @@ func (r *Rootfs) makeDirs(dir string) error {
 	if r.dir, err = n.newDir(); err != nil {
 		return err
 	}
-	for _, sub := range []string{"meta", "upper", "work", "rootfs"} {
+	for _, sub := range []string{"meta", "upper", "work", "rootfs", "empty"} {
 		if err := os.MkdirAll(filepath.Join(r.dir, sub), 0o755); err != nil {
 			return err
 		}
@@ -444,6 +453,9 @@ func (r *Rootfs) resolve(ctx context.Context, ref remote.Reference, o MountOptio
 		return "", err
 	}
 	r.Resolved = time.Now()
+	if !o.Record {
+		r.startup = n.startup(r.src, r.Image.Digest)
+	}
 	for _, l := range r.Image.Layers {
 		x, err := newLayer(l, v1.Hash{})
 		if err != nil {
@@ -481,6 +493,9 @@ func (r *Rootfs) resolve(ctx context.Context, ref remote.Reference, o MountOptio
 	image, err := r.build(ref, tocs, &o)
 	if err != nil {
 		return "", fmt.Errorf("%v: %w", ref, err)
+	}
+	if r.startup != nil {
+		r.startup.behind(r.queued, func() {})
 	}
 	return image, nil
 }
@@ -626,6 +641,9 @@ func (r *Rootfs) Close() error {
 	}
 	if r.dir != "" {
 		errs = append(errs, removeRun(r.dir))
+	}
+	if r.startup != nil {
+		r.startup.Close()
 	}
 	for _, l := range r.queued {
 		r.n.queue.Remove(l)

@@ -154,21 +154,31 @@ func (b *wholeBlob) Close() error {
 	return nil
 }
 
-// diffID reads a layer's blob to its end and returns the digest of its tar, and its own.
-func diffID(blob io.Reader) (tar, digest toc.Digest, err error) {
+// A tarReport says what came out of a layer's blob.
+type tarReport struct {
+	digest, diffID toc.Digest
+	lie            string // how the tar and the table of contents differ, "" if they do not
+}
+
+// compareTar reads a layer's blob to its end, and holds its table of contents against the tar in it.
+func compareTar(blob io.Reader, t *toc.TOC) (r tarReport, err error) {
 	sum := sha256.New()
 	compressed := io.TeeReader(blob, sum)
-	r, err := toc.OpenTar(compressed)
+	z, err := toc.OpenTar(compressed)
 	if err != nil {
-		return tar, digest, err
+		return r, err
 	}
-	defer r.Close()
-	inner := sha256.New()
-	if _, err := io.Copy(inner, r); err != nil {
-		return tar, digest, err
+	defer z.Close()
+	same := comparison{t: t}
+	tar, err := toc.FromTar(z, toc.DefaultChunkSize, func(c toc.Chunk, data []byte) error {
+		same.data(c, data)
+		return nil
+	})
+	if err != nil {
+		return r, err
 	}
 	if _, err := io.Copy(io.Discard, compressed); err != nil { // what the decompressor did not want to see
-		return tar, digest, err
+		return r, err
 	}
-	return toc.Digest(inner.Sum(nil)), toc.Digest(sum.Sum(nil)), nil
+	return tarReport{toc.Digest(sum.Sum(nil)), tar.Digest, same.lie(tar)}, nil
 }

@@ -5,6 +5,7 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"iter"
 	"net/http"
 	"strings"
 	"sync/atomic"
@@ -49,29 +50,75 @@ func (a *auth) current() *authorization {
 	return anonymous
 }
 
-// renew returns what to send instead of used, which resp refused. It returns used itself
-// if there is nothing else to try.
-func (a *auth) renew(ctx context.Context, used *authorization, resp *http.Response) (*authorization, error) {
+// candidates are all credentials that a keychain has for a target, the likeliest first. Most have one at most.
+type candidates interface {
+	Candidates(ctx context.Context, target authn.Resource) iter.Seq2[authn.Authenticator, error]
+}
+
+// maxCandidates is how many credentials one request tries.
+const maxCandidates = 5
+
+// renew returns what to send instead of used, which resp refused, and how many of the keychain's credentials have been tried for the
+// request then; tried is how many were before. It returns used itself if there is nothing else to try.
+func (a *auth) renew(ctx context.Context, used *authorization, resp *http.Response, tried int) (*authorization, int, error) {
 	select {
 	case a.renewing <- struct{}{}:
 		defer func() { <-a.renewing }()
 	case <-ctx.Done():
-		return nil, context.Cause(ctx)
+		return nil, tried, context.Cause(ctx)
 	}
 	if now := a.current(); now != used {
-		return now, nil // renewed while this request was on its way or waited
+		return now, tried, nil // renewed while this request was on its way or waited
 	}
 	c := parseChallenge(resp.Header.Values("WWW-Authenticate"))
 	if c == nil {
 		c = used.challenge // 403 comes without one
 	}
 	if c == nil {
-		return used, nil
+		return used, tried, nil
 	}
-	creds, err := authn.Resolve(ctx, a.keychain, a.repo)
-	if err != nil {
-		return nil, fmt.Errorf("credentials for %s: %w", a.repo.RegistryStr(), err)
+	var failed error
+	n := 0
+	for creds, err := range a.candidates(ctx) {
+		if n++; n <= tried {
+			continue
+		}
+		if n > maxCandidates {
+			break
+		}
+		var next *authorization
+		if err == nil {
+			next, err = a.authorize(ctx, creds, c, resp)
+		} else {
+			err = fmt.Errorf("credentials for %s: %w", a.repo.RegistryStr(), err)
+		}
+		if err != nil && ctx.Err() != nil {
+			return nil, n, err
+		}
+		if err != nil {
+			failed = err
+			continue
+		}
+		if next != nil {
+			a.now.Store(next)
+			return next, n, nil
+		}
 	}
+	if failed != nil {
+		return nil, n, failed
+	}
+	return used, n, nil
+}
+
+func (a *auth) candidates(ctx context.Context) iter.Seq2[authn.Authenticator, error] {
+	if k, ok := a.keychain.(candidates); ok {
+		return k.Candidates(ctx, a.repo)
+	}
+	return func(yield func(authn.Authenticator, error) bool) { yield(authn.Resolve(ctx, a.keychain, a.repo)) }
+}
+
+// authorize returns what credentials make of a challenge, or nil if the registry wants a password and there is none.
+func (a *auth) authorize(ctx context.Context, creds authn.Authenticator, c *challenge, resp *http.Response) (*authorization, error) {
 	config, err := authn.Authorization(ctx, creds)
 	if err != nil {
 		return nil, fmt.Errorf("credentials for %s: %w", a.repo.RegistryStr(), err)
@@ -105,12 +152,11 @@ func (a *auth) renew(ctx context.Context, used *authorization, resp *http.Respon
 	case config.Auth != "":
 		next.header = "Basic " + config.Auth
 	default:
-		return used, nil // it wants a password and there is none
+		return nil, nil
 	}
 	if strings.ContainsAny(next.header, "\r\n") {
 		return nil, fmt.Errorf("token for %s: it has line breaks", a.repo.RegistryStr())
 	}
-	a.now.Store(next)
 	return next, nil
 }
 

@@ -1,8 +1,10 @@
 package remote
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"net/http"
 	"net/http/httptest"
 	"strings"
@@ -141,4 +143,46 @@ func TestKeychainErrorIsOfOneRequest(t *testing.T) {
 	mirror.set(func() { mirror.basic = "me:secret" })
 	f.set(func() { f.basic = "" })
 	read(t, f.openHosts(t, mirrors(mirror), Options{Keychain: keys}), c, 0, 0, 10)
+}
+
+// several is a keychain with more than one login for everything.
+type several []authn.Authenticator
+
+func (s several) Resolve(authn.Resource) (authn.Authenticator, error) { return s[0], nil }
+
+func (s several) Candidates(context.Context, authn.Resource) iter.Seq2[authn.Authenticator, error] {
+	return func(yield func(authn.Authenticator, error) bool) {
+		for _, a := range s {
+			if a == nil && !yield(nil, errors.New("a helper is broken")) || a != nil && !yield(a, nil) {
+				return
+			}
+		}
+	}
+}
+
+// TestCandidates: what a registry or its token server refuses is not the keychain's last word.
+func TestCandidates(t *testing.T) {
+	c := newContent(1, 1000)
+	wrong, right := &authn.Basic{Username: "old", Password: "gone"}, &authn.Basic{Username: "me", Password: "secret"}
+	for name, with := range map[string]func(*fake){
+		"password": func(f *fake) { f.basic = "me:secret" },
+		"token":    func(f *fake) { f.basic, f.token = "me:secret", "t" },
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := newFake(t, c)
+			f.set(func() { with(f) })
+			for _, k := range []several{{wrong, right}, {wrong, nil, authn.Anonymous, right}} {
+				src := f.open(t, Options{Keychain: k})
+				for range 2 {
+					if _, err := readAll(t.Context(), src.Blob(c.layers[0]), 0, 10); err != nil {
+						t.Errorf("%d candidates: %v", len(k), err)
+					}
+				}
+			}
+			many := several{wrong, wrong, wrong, wrong, wrong, wrong, right}
+			if _, err := readAll(t.Context(), f.open(t, Options{Keychain: many}).Blob(c.layers[0]), 0, 10); err == nil {
+				t.Error("there is no end to what one request tries")
+			}
+		})
+	}
 }

@@ -150,16 +150,17 @@ func discard(resp *http.Response) {
 	resp.Body.Close()
 }
 
-// askHost sends a request to the host itself, and once more with new credentials when it is
-// refused. 403 counts too: some registries say that of tokens that have expired.
+// askHost sends a request to the host itself, and again with new credentials when it is
+// refused: once, unless the keychain has several. 403 counts too: some registries say that of tokens that have expired.
 func (e *endpoint) askHost(ctx context.Context, w *want) (*http.Response, error) {
 	used := e.auth.current()
-	for renewed := false; ; renewed = true {
+	for tried, tries := 0, 0; ; tries++ {
 		resp, err := e.sendHost(ctx, w, used.header)
-		if err != nil || renewed || resp.StatusCode != http.StatusUnauthorized && resp.StatusCode != http.StatusForbidden {
+		if err != nil || tries > maxCandidates || resp.StatusCode != http.StatusUnauthorized && resp.StatusCode != http.StatusForbidden {
 			return resp, err
 		}
-		next, err := e.auth.renew(ctx, used, resp)
+		var next *authorization
+		next, tried, err = e.auth.renew(ctx, used, resp, tried)
 		if err != nil {
 			discard(resp)
 			return nil, err

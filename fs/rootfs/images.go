@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"lazuli/fs/remote"
 	"lazuli/fs/store"
 )
 
@@ -361,4 +362,30 @@ func Find(images []Image, name string) (string, error) {
 		return found[0], nil
 	}
 	return "", fmt.Errorf("%s means several images: %s", name, strings.Join(found, ", "))
+}
+
+// Repositories returns the names of the registries' repositories that something on this node came from, as name.Repository.Name has
+// them.
+func (n *Node) Repositories() (map[string]bool, error) {
+	kept, err := readRecords(filepath.Join(n.root, "images", "*.json"))
+	if err != nil {
+		return nil, err
+	}
+	used, err := n.inUse()
+	if err != nil {
+		return nil, err
+	}
+	names := map[string]bool{}
+	for _, r := range append(kept, used...) {
+		references := []string{r.Reference}
+		for _, l := range r.Layers {
+			references = append(references, l.Reference)
+		}
+		for _, s := range references {
+			if ref, err := remote.ParseReference(s); err == nil && ref.Name() != nil {
+				names[ref.Name().Context().Name()] = true
+			}
+		}
+	}
+	return names, nil
 }

@@ -175,7 +175,7 @@ func (s *server) limit() int64 {
 	return int64(st.Blocks) * st.Bsize / 5
 }
 
-// boundEvery is how often the store is compared with its limit.
+// boundEvery is how often the store is compared with its limit, and credentials with the images that there are.
 const boundEvery = time.Minute
 
 func (s *server) boundLoop(ctx context.Context) {
@@ -196,6 +196,12 @@ func (s *server) boundLoop(ctx context.Context) {
 			s.log.Warn("the store is larger than max_size, and all of it is in use", "size", left, "max_size", limit)
 		case freed > 0:
 			s.log.Info("the store was larger than max_size", "removed", freed, "size", left)
+		}
+		if names, err := s.node.Repositories(); err == nil {
+			err = s.keychain.Forget(func(repository string) bool { return names[repository] })
+			if err != nil {
+				s.log.Warn("credentials of images that are gone", "err", err)
+			}
 		}
 	}
 }

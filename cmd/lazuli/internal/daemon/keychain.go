@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"context"
+	"iter"
 
 	"github.com/google/go-containerregistry/pkg/authn"
 
@@ -17,4 +18,9 @@ func (k keychain) Resolve(r authn.Resource) (authn.Authenticator, error) {
 
 func (k keychain) ResolveContext(ctx context.Context, r authn.Resource) (authn.Authenticator, error) {
 	return authn.Resolve(ctx, *k.k, r)
+}
+
+// Candidates is for fs/remote, which tries them one after the other.
+func (k keychain) Candidates(ctx context.Context, r authn.Resource) iter.Seq2[authn.Authenticator, error] {
+	return (*k.k).Candidates(ctx, r)
 }

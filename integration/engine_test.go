@@ -3,7 +3,6 @@ package integration
 import (
 	"bytes"
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -814,34 +813,14 @@ var toolsOf = map[string]func() (string, error){
 }
 
 func cachedTools(module string) (string, error) {
-	h := sha256.New()
-	for _, name := range []string{"go.mod", "go.sum"} {
-		b, err := os.ReadFile(filepath.Join(module, name))
-		if err != nil {
-			return "", err
-		}
-		h.Write(b)
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Minute)
+	defer cancel()
+	out, err := commandFor(ctx, "../deploy/tools.sh", module)
+	lines := strings.Fields(out)
+	if err != nil || len(lines) == 0 {
+		return "", fmt.Errorf("deploy/tools.sh %s: %w", module, err)
 	}
-	cache, err := cacheDir()
-	if err != nil {
-		return "", err
-	}
-	dir := filepath.Join(cache, fmt.Sprintf("%s-%x", module, h.Sum(nil)[:8]))
-	return dir, locked(dir+".lock", func() error {
-		if _, err := os.Stat(dir); err == nil {
-			return nil
-		}
-		unfinished := dir + ".new"
-		if err := os.RemoveAll(unfinished); err != nil {
-			return err
-		}
-		ctx, cancel := context.WithTimeout(context.Background(), 20*time.Minute)
-		defer cancel()
-		if _, err := commandFor(ctx, "go", "build", "-C", module, "-ldflags", "-s -w", "-o", unfinished+"/", "tool"); err != nil {
-			return err
-		}
-		return os.Rename(unfinished, dir)
-	})
+	return lines[len(lines)-1], nil
 }
 
 // buildLazuli builds lazuli as make does, once for each version in a run of the tests, and returns the program.

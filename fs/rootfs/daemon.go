@@ -154,7 +154,10 @@ func (n *Node) Sweep() error {
 	}
 	keep, kept := map[string]bool{}, map[string]bool{}
 	for _, r := range used {
-		keep[r.Chain] = true
+		if r.Reference == "" || r.Dir != "" { // it is mounted
+			keep[r.Chain] = true
+		}
+		kept[r.Chain] = true
 	}
 	for _, r := range images {
 		kept[r.Chain] = true

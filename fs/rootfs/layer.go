@@ -213,7 +213,11 @@ func (l *layer) load(n *Node) (*toc.TOC, error) {
 		return nil, err
 	}
 	defer f.Close()
-	r := bufio.NewReaderSize(f, 1<<18)
+	size := 1 << 18
+	if fi, err := f.Stat(); err == nil {
+		size = int(min(fi.Size()+1, int64(size))) // there may be a hundred small ones
+	}
+	r := bufio.NewReaderSize(f, size)
 	t := new(toc.TOC)
 	if l.why == nil {
 		var line []byte
@@ -227,7 +231,7 @@ func (l *layer) load(n *Node) (*toc.TOC, error) {
 		var z *zstd.Decoder
 		if z, err = zstd.NewReader(r, zstd.WithDecoderConcurrency(1)); err == nil {
 			defer z.Close()
-			err = gob.NewDecoder(bufio.NewReaderSize(z, 1<<18)).Decode(t)
+			err = gob.NewDecoder(bufio.NewReaderSize(z, size)).Decode(t)
 		}
 	}
 	if err != nil {

@@ -5,10 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strconv"
 	"sync"
+	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"golang.org/x/sync/errgroup"
 
 	"lazuli/fs/fetch"
 	"lazuli/fs/meta"
@@ -69,20 +72,25 @@ const maxPack = 16 << 30
 // findPack returns the newest startup pack that refers to a manifest, or nil.
 func findPack(ctx context.Context, src remote.Source, digest v1.Hash) (remote.Blob, error) {
 	list, err := remote.Referrers(ctx, src, digest, pack.MediaType)
-	var best v1.Descriptor
-	made := ""
-	for _, d := range list {
-		hash, herr := v1.NewHash(d.Annotations[pack.DigestAnnotation])
-		size, serr := strconv.ParseInt(d.Annotations[pack.SizeAnnotation], 10, 64)
-		if herr != nil || serr != nil || size <= 0 || size > maxPack || d.Annotations[pack.MadeAnnotation] < made {
-			continue
-		}
-		best, made = v1.Descriptor{Digest: hash, Size: size}, d.Annotations[pack.MadeAnnotation]
-	}
-	if best.Size == 0 {
+	best, ok := newestPack(list)
+	if !ok {
 		return nil, err
 	}
 	return src.Blob(best), nil
+}
+
+// newestPack returns the blob of the pack that was made last, of those whose annotations say where it is.
+func newestPack(list []v1.Descriptor) (best v1.Descriptor, ok bool) {
+	var made time.Time
+	for _, d := range list {
+		hash, herr := v1.NewHash(d.Annotations[pack.DigestAnnotation])
+		size, serr := strconv.ParseInt(d.Annotations[pack.SizeAnnotation], 10, 64)
+		at, _ := time.Parse(time.RFC3339, d.Annotations[pack.MadeAnnotation]) // who does not say it comes last
+		if herr == nil && serr == nil && size > 0 && size <= maxPack && (!ok || at.After(made)) {
+			best, made, ok = v1.Descriptor{Digest: hash, Size: size}, at, true
+		}
+	}
+	return best, ok
 }
 
 // into puts the pack, if there is one, into the store, for layers that were added to the queue.
@@ -106,12 +114,11 @@ func (s *Startup) into(layers []*fetch.Layer) (fetch.PackStats, error) {
 	for _, t := range x.Tables {
 		at += t.Size
 	}
-	pos := x.Start
 	open := func(ctx context.Context, off int64) (io.ReadCloser, error) {
 		body := s.body
 		s.body = nil
-		if body != nil && off >= pos && off-pos <= 1<<20 {
-			if _, err := io.CopyN(io.Discard, body, off-pos); err == nil {
+		if body != nil && off-x.Start <= maxSkip {
+			if _, err := io.CopyN(io.Discard, body, off-x.Start); err == nil {
 				return body, nil
 			}
 		}
@@ -122,6 +129,9 @@ func (s *Startup) into(layers []*fetch.Layer) (fetch.PackStats, error) {
 	}
 	return s.n.queue.Pack(s.ctx, x, at, open, layers...)
 }
+
+// maxSkip is how many bytes of a pack are read over rather than asked around.
+const maxSkip = 1 << 20
 
 // Close ends the search or the arrival and waits for its end.
 func (s *Startup) Close() {
@@ -142,8 +152,10 @@ func (s *Startup) behind(layers []*fetch.Layer, f func()) {
 	})
 }
 
-// Start brings what the startup pack has of the chain's layers, if there is one, and returns when it is here or of no use.
-func (c Chain) Start(s *Startup) error {
+// Start brings what the startup pack has of the chain's layers, if there is one, and returns when it is here or of no use, or when ctx
+// ends, and s with it.
+func (c Chain) Start(ctx context.Context, s *Startup) error {
+	defer context.AfterFunc(ctx, s.cancel)()
 	release, err := c.Use()
 	if err != nil {
 		return err
@@ -166,69 +178,90 @@ func (c Chain) Start(s *Startup) error {
 }
 
 // An aheadReader reads a stream before it is asked for, up to a bound, so that the connection is not held up while nobody can
-// use the bytes yet.
+// use the bytes yet. It belongs to one goroutine.
 type aheadReader struct {
-	body   io.ReadCloser
-	blocks chan []byte
-	err    error // of body, set before blocks is closed
-	stop   chan struct{}
-	done   chan struct{}
-	once   sync.Once
-	rest   []byte
+	body io.ReadCloser
+	done chan struct{} // closed when nobody reads body any more
+
+	mu     sync.Mutex
+	change sync.Cond // of what follows
+	parts  [][]byte  // that came and were not read yet
+	bytes  int       // of them
+	err    error     // of body, behind parts
+	closed bool
 }
 
 const (
-	aheadBlock  = 128 << 10
-	aheadBlocks = 512 // 64 MiB in all
+	aheadBlock = 128 << 10
+	// maxAhead is what arrives in 250 ms at 1 Gbit/s, while the tables of contents come and are parsed.
+	maxAhead = 32 << 20
 )
 
 func readAhead(body io.ReadCloser) *aheadReader {
-	r := &aheadReader{body: body, blocks: make(chan []byte, aheadBlocks), stop: make(chan struct{}), done: make(chan struct{})}
+	r := &aheadReader{body: body, done: make(chan struct{})}
+	r.change.L = &r.mu
 	go r.loop() // ends at Close
 	return r
 }
 
 func (r *aheadReader) loop() {
 	defer close(r.done)
-	defer close(r.blocks)
+	var free []byte // of a block
 	for {
-		b := make([]byte, aheadBlock)
-		n, err := r.body.Read(b)
-		if n > 0 {
-			select {
-			case r.blocks <- b[:n]:
-			case <-r.stop:
-				r.err = errors.New("closed")
-				return
-			}
+		if len(free) < aheadBlock/8 { // what is left of a block is lost: not much
+			free = make([]byte, aheadBlock)
 		}
-		if err != nil {
-			r.err = err
+		n, err := r.body.Read(free)
+		r.mu.Lock()
+		if n > 0 {
+			r.parts = append(r.parts, free[:n:n])
+			r.bytes += n
+			free = free[n:]
+		}
+		r.err = err
+		r.change.Broadcast()
+		for r.bytes >= maxAhead && !r.closed {
+			r.change.Wait()
+		}
+		end := err != nil || r.closed
+		r.mu.Unlock()
+		if end {
 			return
 		}
 	}
 }
 
 func (r *aheadReader) Read(p []byte) (int, error) {
-	for len(r.rest) == 0 {
-		b, ok := <-r.blocks
-		if !ok {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for len(r.parts) == 0 {
+		if r.err != nil {
 			return 0, r.err
 		}
-		r.rest = b
+		r.change.Wait()
 	}
-	n := copy(p, r.rest)
-	r.rest = r.rest[n:]
+	n := copy(p, r.parts[0])
+	if r.parts[0] = r.parts[0][n:]; len(r.parts[0]) == 0 {
+		r.parts[0] = nil
+		r.parts = r.parts[1:]
+	}
+	r.bytes -= n
+	r.change.Broadcast()
 	return n, nil
 }
 
+// Close gives up what was not read. It may be called again.
 func (r *aheadReader) Close() error {
-	var err error
-	r.once.Do(func() {
-		close(r.stop)
-		err = r.body.Close()
-		<-r.done
-	})
+	r.mu.Lock()
+	closed := r.closed
+	r.closed = true
+	r.change.Broadcast()
+	r.mu.Unlock()
+	if closed {
+		return nil
+	}
+	err := r.body.Close()
+	<-r.done
 	return err
 }
 
@@ -274,7 +307,8 @@ type PackReport struct {
 	Missing int   `json:"missing"` // files that the profile names and the image does not have
 }
 
-// Pack writes the startup pack of the chain for what a profile says of at least a share of the runs. What is not here is fetched.
+// Pack writes the startup pack of the chain for what a profile says of at least a share of the runs. What is not here is fetched. It is
+// an error if there is nothing to put into it. It takes as much memory as the pack has bytes.
 func (c Chain) Pack(ctx context.Context, p *profile.Profile, share float64, w io.Writer) (r PackReport, err error) {
 	tree, tocs, err := c.tree()
 	if err != nil {
@@ -291,28 +325,46 @@ func (c Chain) Pack(ctx context.Context, p *profile.Profile, share float64, w io
 			missing[path] = true
 			return nil
 		}
+		if tocs[o.Layer].Compression == toc.Whole { // it is fetched whole, with or without a pack
+			return nil
+		}
 		return tocs[o.Layer].Content(&tocs[o.Layer].Entries[o.Entry])
 	})
 	r.Pieces, r.Chunks, r.Missing = len(p.Pieces), len(chunks), len(missing)
+	if len(chunks) == 0 {
+		return r, errors.New("startup pack: no lazy layer of the image has any of the profile's files: convert the image (lazuli convert), or record another profile")
+	}
 	release, err := c.Use()
 	if err != nil {
 		return r, err
 	}
 	defer release()
 	var b pack.Builder
-	for _, x := range chunks {
-		data, err := c.n.read(ctx, x.Key, x.FileOffset, x.Size)
-		if err != nil {
+	for part := range slices.Chunk(chunks, chunksAtOnce) {
+		data := make([][]byte, len(part))
+		group, gctx := errgroup.WithContext(ctx)
+		for i, x := range part {
+			group.Go(func() (err error) {
+				data[i], err = c.n.read(gctx, x.Key, x.FileOffset, x.Size)
+				return err
+			})
+		}
+		if err := group.Wait(); err != nil {
 			return r, err
 		}
-		if err := b.Chunk(x.Key, x.Index, data); err != nil {
-			return r, err
+		for i, x := range part {
+			if err := b.Chunk(x.Key, x.Index, data[i]); err != nil {
+				return r, err
+			}
+			r.Content += x.Size
 		}
-		r.Content += x.Size
 	}
 	r.Size, err = b.WriteTo(w)
 	return r, err
 }
+
+// chunksAtOnce is how many chunks of a pack are read side by side: they may have to be fetched.
+const chunksAtOnce = 16
 
 // read returns n bytes of an object at off.
 func (n *Node) read(ctx context.Context, key toc.Digest, off, size int64) ([]byte, error) {

@@ -453,9 +453,6 @@ func (r *Rootfs) resolve(ctx context.Context, ref remote.Reference, o MountOptio
 		return "", err
 	}
 	r.Resolved = time.Now()
-	if !o.Record {
-		r.startup = n.startup(r.src, r.Image.Digest)
-	}
 	for _, l := range r.Image.Layers {
 		x, err := newLayer(l, v1.Hash{})
 		if err != nil {
@@ -469,6 +466,9 @@ func (r *Rootfs) resolve(ctx context.Context, ref remote.Reference, o MountOptio
 	group.Go(func() error { return r.readConfig(gctx) })
 	// A metadata image that is here needs no tables of contents, only the layers' chunk tables.
 	if !r.known() {
+		if !o.Record {
+			r.startup = n.startup(r.src, r.Image.Digest)
+		}
 		tocs = make([]*toc.TOC, len(r.layers))
 		for i, l := range r.layers {
 			group.Go(func() (err error) {
@@ -605,15 +605,19 @@ func (r *Rootfs) Wait(ctx context.Context) error {
 		return err
 	}
 	defer f.Close()
-	for {
-		mounted, err := isMounted(r.Dir)
-		if err != nil || !mounted {
-			return err
+	for changed := true; ; {
+		if changed {
+			mounted, err := isMounted(r.Dir)
+			if err != nil || !mounted {
+				return err
+			}
 		}
 		poll := []unix.PollFd{{Fd: int32(f.Fd()), Events: unix.POLLPRI}}
-		if _, err := unix.Poll(poll, 200); err != nil && !errors.Is(err, unix.EINTR) {
+		n, err := unix.Poll(poll, 200)
+		if err != nil && !errors.Is(err, unix.EINTR) {
 			return err
 		}
+		changed = n > 0
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}

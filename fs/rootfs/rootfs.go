@@ -36,6 +36,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -662,8 +663,9 @@ func (r *Rootfs) Close() error {
 	return errors.Join(errs...)
 }
 
-// Unmount unmounts the rootfs at dir, whichever process mounted it; that one then ends its part.
-func Unmount(dir string) error {
+// Unmount unmounts the rootfs at dir, whichever process mounted it with the root folder root, and returns when that one has let go of the
+// image, or after some seconds. A root of "" does not wait.
+func Unmount(root, dir string) error {
 	dir, err := filepath.Abs(dir)
 	if err != nil {
 		return err
@@ -682,5 +684,19 @@ func Unmount(dir string) error {
 	if errors.Is(err, unix.EBUSY) {
 		return fmt.Errorf("%s is in use: end the programs that work in it (fuser -vm %s) and try again", dir, dir)
 	}
+	for waited := time.Duration(0); err == nil && root != "" && waited < 5*time.Second && recorded(root, dir); waited += 20 * time.Millisecond {
+		time.Sleep(20 * time.Millisecond)
+	}
 	return err
+}
+
+// recorded reports whether a record says that something is mounted at dir.
+func recorded(root, dir string) bool {
+	for _, pattern := range []string{"run/*/*/*.json", "mounts/*/*.json"} {
+		records, _ := readRecords(filepath.Join(root, pattern))
+		if slices.ContainsFunc(records, func(r Record) bool { return r.Dir == dir }) {
+			return true
+		}
+	}
+	return false
 }

@@ -468,7 +468,7 @@ func (r *Rootfs) resolve(ctx context.Context, ref remote.Reference, o MountOptio
 	// A metadata image that is here needs no tables of contents, only the layers' chunk tables.
 	if !r.known() {
 		if !o.Record {
-			r.startup = n.startup(r.src, r.Image.Digest)
+			r.startup = n.startup(r.src, r.Image.Digest, func(context.Context) (*remote.Image, error) { return r.Image, nil })
 		}
 		tocs = make([]*toc.TOC, len(r.layers))
 		for i, l := range r.layers {

@@ -36,16 +36,17 @@ type Startup struct {
 	body  *aheadReader // of blob from its beginning
 }
 
-// Startup begins to look for the startup pack of the manifest with a digest, in the repository that ref names. The caller closes it.
-func (n *Node) Startup(ref remote.Reference, digest v1.Hash) *Startup {
+// Startup begins to look for the startup pack of the manifest with a digest, in the repository that ref names. image returns the image when
+// it is known. The caller closes the Startup.
+func (n *Node) Startup(ref remote.Reference, digest v1.Hash, image func(context.Context) (*remote.Image, error)) *Startup {
 	src, err := n.source(ref)
 	if err != nil { // who asks for the image hears of it
 		src = nil
 	}
-	return n.startup(src, digest)
+	return n.startup(src, digest, image)
 }
 
-func (n *Node) startup(src remote.Source, digest v1.Hash) *Startup {
+func (n *Node) startup(src remote.Source, digest v1.Hash, image func(context.Context) (*remote.Image, error)) *Startup {
 	s := &Startup{n: n, found: make(chan struct{})}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.work.Go(func() {
@@ -53,7 +54,7 @@ func (n *Node) startup(src remote.Source, digest v1.Hash) *Startup {
 		if src == nil {
 			return
 		}
-		if s.blob, s.err = findPack(s.ctx, src, digest); s.blob == nil {
+		if s.blob, s.err = s.find(src, digest, image); s.blob == nil {
 			return
 		}
 		body, err := s.blob.Range(s.ctx, 0, s.blob.Size())
@@ -69,11 +70,32 @@ func (n *Node) startup(src remote.Source, digest v1.Hash) *Startup {
 // maxPack is how large a startup pack may be, in bytes.
 const maxPack = 16 << 30
 
-// findPack returns the newest startup pack that refers to a manifest, or nil.
-func findPack(ctx context.Context, src remote.Source, digest v1.Hash) (remote.Blob, error) {
-	list, err := remote.Referrers(ctx, src, digest, pack.MediaType)
+// find returns the newest startup pack that refers to a manifest, else the newest of the repository, if that is of an image
+// that runs the same command; or nil.
+func (s *Startup) find(src remote.Source, digest v1.Hash, image func(context.Context) (*remote.Image, error)) (remote.Blob, error) {
+	ctx := s.ctx
+	var last v1.Descriptor
+	var lastErr error
+	both := make(chan struct{})
+	s.work.Go(func() {
+		defer close(both)
+		last, lastErr = remote.Artifact(ctx, src, pack.Tag, pack.MediaType)
+	})
+	list, listErr := remote.Referrers(ctx, src, digest, pack.MediaType)
 	best, ok := newestPack(list)
-	if !ok {
+	if ok {
+		return src.Blob(best), nil
+	}
+	<-both
+	if best, ok = newestPack([]v1.Descriptor{last}); !ok {
+		return nil, errors.Join(listErr, lastErr)
+	}
+	i, err := image(ctx)
+	if err != nil {
+		return nil, err
+	}
+	config, _, err := i.Config(ctx)
+	if err != nil || pack.Command(config.Config.Entrypoint, config.Config.Cmd) != last.Annotations[pack.CommandAnnotation] {
 		return nil, err
 	}
 	return src.Blob(best), nil

@@ -375,7 +375,7 @@ func (r *Rootfs) mount(ctx context.Context, ref remote.Reference, dir string, o 
 	parts := overlay{meta: metaDir, objects: n.store.Objects(), server: server}
 	if o.Record {
 		parts.objects = filepath.Join(r.dir, "empty")
-		r.recorded = n.queue.Record()
+		r.recorded = n.queue.Record(r.queued...).Stop
 	}
 	if o.RW {
 		parts.upper, parts.work = filepath.Join(r.dir, "upper"), filepath.Join(r.dir, "work")

@@ -326,7 +326,7 @@ func (n *Node) read(ctx context.Context, key toc.Digest, off, size int64) ([]byt
 	}
 	defer o.Close()
 	p := make([]byte, size)
-	m, err := o.ReadAt(ctx, p, off)
+	m, err := o.Peek(ctx, p, off)
 	if int64(m) == size {
 		err = nil
 	}

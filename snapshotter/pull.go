@@ -147,6 +147,7 @@ func (s *Snapshotter) resolve(ctx context.Context, p *pull, q request) error {
 		defer startup.Close()
 	}
 	if p.err == nil {
+		startup.Image(p.image)
 		for _, l := range p.image.Layers {
 			p.layers = append(p.layers, &pulledLayer{done: make(chan struct{}), digest: l.Digest})
 		}
@@ -186,7 +187,7 @@ func (s *Snapshotter) resolve(ctx context.Context, p *pull, q request) error {
 			}
 			return nil
 		})
-		if err := chain.Start(startup); err != nil && ctx.Err() == nil {
+		if err := chain.Start(startup, tocs); err != nil && ctx.Err() == nil {
 			s.log.Warn("the startup pack was not of use", "image", q.ref.String(), "err", err)
 		}
 		group.Wait()

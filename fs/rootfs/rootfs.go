@@ -17,6 +17,7 @@
 //
 //	store/         see package store
 //	images/        a record for each image that is kept (see [Node.Images])
+//	profiles/      what was learned from starts, by repository and command
 //	run/PID.N/     mount points and upper folders of a process; its lock file is locked while it lives
 //
 // and of a node that is a daemon's, whose mounts outlive the process (see [Options.Daemon]):
@@ -65,6 +66,11 @@ type Options struct {
 	// Keychain has the registries' credentials where no other is given. Nil is docker's configuration and
 	// credential helpers.
 	Keychain authn.Keychain
+	// Unlearned leaves starts unrecorded, and what was learned of others unused.
+	Unlearned bool
+	// Learned is called after each start that was learned from, by one goroutine per start; ctx ends when the node is closed. Nil is not
+	// called.
+	Learned func(ctx context.Context, l Lesson)
 	// Daemon makes mounts that outlive the process: [Node.Serve] begins to serve them, or goes on where another
 	// process was. Only one process at a time can have a root folder so.
 	Daemon bool
@@ -87,7 +93,8 @@ type Node struct {
 	sources map[string]remote.Source
 	used    map[string]*usedLayer
 
-	sweeping  sync.RWMutex       // held exclusively while chains are unmounted
+	sweeping  sync.RWMutex // held exclusively while chains are unmounted
+	learning  learning
 	building  singleflight.Group // of metadata images and their mounts
 	unpacking chan struct{}      // holds a token for each layer that is being unpacked
 }
@@ -125,6 +132,8 @@ func Open(root string, o Options) (*Node, error) {
 		root: root, daemon: o.Daemon, o: o, log: o.Logger, unpacking: make(chan struct{}, sideBySide),
 		sources: map[string]remote.Source{}, used: map[string]*usedLayer{},
 	}
+	n.learning.starts, n.learning.packs = map[string]*start{}, map[string]knownPack{}
+	n.learning.ctx, n.learning.cancel = context.WithCancel(context.Background())
 	if o.Daemon {
 		n.run = filepath.Join(root, "mounts")
 		n.lock, err = lockDaemon(root)
@@ -222,6 +231,11 @@ func removeRun(dir string) error {
 // Close ends the node's use. Its images must be closed before, unless it is a daemon's, whose mounts then wait for
 // the next one.
 func (n *Node) Close() error {
+	if n.daemon {
+		n.learning.cancel()
+	}
+	n.learning.work.Wait()
+	n.learning.cancel()
 	var errs []error
 	switch {
 	case n.daemon && n.server != nil:
@@ -303,6 +317,7 @@ type Rootfs struct {
 	record Record
 
 	startup  *Startup             // nil if none is of use
+	over     func()               // ends the recording of the start; nil if there is none
 	recorded func() []fetch.Touch // nil without a recording
 
 	// Of one that was adopted:
@@ -384,6 +399,10 @@ func (r *Rootfs) mount(ctx context.Context, ref remote.Reference, dir string, o 
 	if err == nil {
 		err = mountOverlay(parts, r.Dir)
 	}
+	if err == nil && !o.Record {
+		line := commandOf(r.Config)
+		r.over = r.Chain().learn(ref.At(r.Image.Digest), r.Image.Digest, r.queued, func(context.Context) ([]string, error) { return line, nil })
+	}
 	// The overlay has the metadata image now; nobody else needs to see it.
 	if detachErr := unix.Unmount(metaDir, unix.MNT_DETACH); err == nil {
 		err = detachErr
@@ -454,7 +473,7 @@ func (r *Rootfs) resolve(ctx context.Context, ref remote.Reference, o MountOptio
 	}
 	r.Resolved = time.Now()
 	if !o.Record {
-		r.startup = n.startup(r.src, r.Image.Digest)
+		r.startup = n.startup(r.src, ref, r.Image.Digest)
 	}
 	for _, l := range r.Image.Layers {
 		x, err := newLayer(l, v1.Hash{})
@@ -495,7 +514,15 @@ func (r *Rootfs) resolve(ctx context.Context, ref remote.Reference, o MountOptio
 		return "", fmt.Errorf("%v: %w", ref, err)
 	}
 	if r.startup != nil {
-		r.startup.behind(r.queued, func() {})
+		own := make(chan *Learned, 1)
+		if tocs != nil { // else the image was here before
+			if l := n.learned(repositoryOf(ref), commandOf(r.Config)); l != nil {
+				own <- l
+			}
+		}
+		close(own)
+		r.startup.chain = r.chain()
+		r.startup.behind(own, r.queued, tocs)
 	}
 	return image, nil
 }
@@ -644,6 +671,9 @@ func (r *Rootfs) Close() error {
 	}
 	if r.startup != nil {
 		r.startup.Close()
+	}
+	if r.over != nil {
+		r.over()
 	}
 	for _, l := range r.queued {
 		r.n.queue.Remove(l)

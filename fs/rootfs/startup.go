@@ -27,10 +27,18 @@ type Startup struct {
 	cancel context.CancelFunc
 	work   sync.WaitGroup
 
-	found chan struct{} // closed when blob or err is set
-	blob  remote.Blob   // nil if there is no pack
-	err   error
-	body  *aheadReader // of blob from its beginning
+	found  chan struct{} // closed when blob or err is set
+	blob   remote.Blob   // nil if there is no pack
+	digest v1.Hash       // of blob
+	err    error
+	body   *aheadReader // of blob from its beginning
+
+	ref     remote.Reference
+	own     chan *Learned // nil if Image was not called; else has one, or is closed
+	chain   string        // whose pack it is; set before it arrives
+	indexed chan struct{} // closed when chunks is set, or there is no pack
+	once    sync.Once     // closes indexed
+	chunks  []pack.Chunk  // that the pack has
 }
 
 // Startup begins to look for the startup pack of the manifest with a digest, in the repository that ref names. The caller closes it.
@@ -39,18 +47,18 @@ func (n *Node) Startup(ref remote.Reference, digest v1.Hash) *Startup {
 	if err != nil { // who asks for the image hears of it
 		src = nil
 	}
-	return n.startup(src, digest)
+	return n.startup(src, ref, digest)
 }
 
-func (n *Node) startup(src remote.Source, digest v1.Hash) *Startup {
-	s := &Startup{n: n, found: make(chan struct{})}
+func (n *Node) startup(src remote.Source, ref remote.Reference, digest v1.Hash) *Startup {
+	s := &Startup{n: n, ref: ref, found: make(chan struct{}), indexed: make(chan struct{})}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.work.Go(func() {
 		defer close(s.found)
 		if src == nil {
 			return
 		}
-		if s.blob, s.err = findPack(s.ctx, src, digest); s.blob == nil {
+		if s.blob, s.digest, s.err = findPack(s.ctx, src, digest); s.blob == nil {
 			return
 		}
 		body, err := s.blob.Range(s.ctx, 0, s.blob.Size())
@@ -66,8 +74,8 @@ func (n *Node) startup(src remote.Source, digest v1.Hash) *Startup {
 // maxPack is how large a startup pack may be, in bytes.
 const maxPack = 16 << 30
 
-// findPack returns the newest startup pack that refers to a manifest, or nil.
-func findPack(ctx context.Context, src remote.Source, digest v1.Hash) (remote.Blob, error) {
+// findPack returns the newest startup pack that refers to a manifest and its digest, or nil.
+func findPack(ctx context.Context, src remote.Source, digest v1.Hash) (remote.Blob, v1.Hash, error) {
 	list, err := remote.Referrers(ctx, src, digest, pack.MediaType)
 	var best v1.Descriptor
 	made := ""
@@ -80,9 +88,9 @@ func findPack(ctx context.Context, src remote.Source, digest v1.Hash) (remote.Bl
 		best, made = v1.Descriptor{Digest: hash, Size: size}, d.Annotations[pack.MadeAnnotation]
 	}
 	if best.Size == 0 {
-		return nil, err
+		return nil, v1.Hash{}, err
 	}
-	return src.Blob(best), nil
+	return src.Blob(best), best.Digest, nil
 }
 
 // into puts the pack, if there is one, into the store, for layers that were added to the queue.
@@ -102,6 +110,7 @@ func (s *Startup) into(layers []*fetch.Layer) (fetch.PackStats, error) {
 	if err != nil {
 		return fetch.PackStats{}, err
 	}
+	s.index(x)
 	at := x.Start
 	for _, t := range x.Tables {
 		at += t.Size
@@ -132,37 +141,29 @@ func (s *Startup) Close() {
 	}
 }
 
-// behind begins to put the pack into the store behind the caller, and calls f when that has ended.
-func (s *Startup) behind(layers []*fetch.Layer, f func()) {
+// behind begins to bring what a start wants behind the caller.
+func (s *Startup) behind(own <-chan *Learned, layers []*fetch.Layer, tocs []*toc.TOC) {
 	s.work.Go(func() {
-		if _, err := s.into(layers); err != nil && s.ctx.Err() == nil {
+		if err := s.arrive(own, layers, tocs); err != nil && s.ctx.Err() == nil {
 			s.n.log.Warn("the startup pack was not of use", "err", err)
 		}
-		f()
 	})
 }
 
-// Start brings what the startup pack has of the chain's layers, if there is one, and returns when it is here or of no use.
-func (c Chain) Start(s *Startup) error {
+// Start brings what the startup pack has of the chain's layers, if there is one, and what the node has learned that the image's starts
+// want besides. It returns when it is here or of no use. tocs are the layers' tables of contents.
+func (c Chain) Start(s *Startup, tocs []*toc.TOC) error {
 	release, err := c.Use()
 	if err != nil {
 		return err
 	}
 	defer release()
-	var layers []*fetch.Layer
-	for _, r := range c.Layers {
-		_, key, err := c.n.openRecord(r)
-		if err != nil {
-			return err
-		}
-		c.n.mu.Lock()
-		if u := c.n.used[key]; u != nil {
-			layers = append(layers, u.Layer)
-		}
-		c.n.mu.Unlock()
+	layers, err := c.queued()
+	if err != nil {
+		return err
 	}
-	_, err = s.into(layers)
-	return err
+	s.chain = c.ID()
+	return s.arrive(s.own, layers, tocs)
 }
 
 // An aheadReader reads a stream before it is asked for, up to a bound, so that the connection is not held up while nobody can
@@ -258,11 +259,15 @@ func (c Chain) Profile(touches []fetch.Touch) (*profile.Profile, error) {
 			paths[o.Key] = tocs[o.Layer].Entries[o.Entry].Name
 		}
 	}
+	return profile.FromTouches(profileTouches(touches), paths), nil
+}
+
+func profileTouches(touches []fetch.Touch) []profile.Touch {
 	list := make([]profile.Touch, len(touches))
 	for i, t := range touches {
 		list[i] = profile.Touch{Key: toc.Digest(t.Key), Off: t.Off, N: t.N, After: t.After}
 	}
-	return profile.FromTouches(list, paths), nil
+	return list
 }
 
 // A PackReport says what a startup pack was made of.

@@ -10,6 +10,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -641,3 +642,28 @@ func (s *Startup) ahead(list []fetch.Want, layers []*fetch.Layer) {
 
 // packNumber is what a pack calls an object.
 func packNumber(key toc.Digest) uint64 { return binary.BigEndian.Uint64(key[:]) }
+
+// PackOf returns the digest of the newest startup pack of the manifest with a digest, in the repository that ref names, or the zero value if there is
+// none.
+func (n *Node) PackOf(ctx context.Context, ref remote.Reference, digest v1.Hash) (v1.Hash, error) {
+	src, err := n.source(ref)
+	if err != nil {
+		return v1.Hash{}, err
+	}
+	_, pack, err := findPack(ctx, src, digest)
+	return pack, err
+}
+
+// KnowPack tells the node that the chain's pack is now the one that r has, whose digest is given.
+func (n *Node) KnowPack(c Chain, digest v1.Hash, r io.Reader) error {
+	x, err := pack.ReadIndex(r)
+	if err != nil {
+		return err
+	}
+	var chunks []pack.Chunk
+	for i := range x.Frames {
+		chunks = append(chunks, x.Frames[i].Chunks...)
+	}
+	n.knowPack(c.ID(), digest, chunks)
+	return nil
+}

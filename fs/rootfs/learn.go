@@ -364,14 +364,6 @@ func (c Chain) note(ref remote.Reference, digest v1.Hash, command []string, touc
 	lesson := Lesson{Reference: ref, Digest: digest, Chain: c}
 	n.learning.one.Lock()
 	defer n.learning.one.Unlock()
-	files, err := c.files()
-	if err != nil {
-		return lesson, err
-	}
-	run := profile.FromTouches(profileTouches(touches), files.paths)
-	if len(run.Pieces) == 0 {
-		return lesson, errors.New("nothing of the image was read")
-	}
 	unlock, err := n.lockProfiles()
 	if err != nil {
 		return lesson, err
@@ -389,6 +381,14 @@ func (c Chain) note(ref remote.Reference, digest v1.Hash, command []string, touc
 	known, packed := n.learning.packs[c.ID()]
 	n.learning.mu.Unlock()
 	old := l.Profile
+	files, err := c.files(touches, known.chunks, old)
+	if err != nil {
+		return lesson, err
+	}
+	run := profile.FromTouches(profileTouches(touches), files.paths)
+	if len(run.Pieces) == 0 {
+		return lesson, errors.New("nothing of the image was read")
+	}
 	if packed {
 		old = withPack(old, files.packProfile(known.chunks))
 		lesson.Pack, lesson.Packed, lesson.Missed = known.digest, len(known.chunks), files.missed(run, known.chunks)
@@ -442,24 +442,52 @@ type chainFile struct {
 	chunks []toc.Chunk
 }
 
-// chainFiles are the regular files that a chain shows.
+// chainFiles are some regular files of a chain.
 type chainFiles struct {
 	objects map[string]chainFile
 	paths   map[toc.Digest]string // by object, the first one
 }
 
-func (c Chain) files() (*chainFiles, error) {
-	tree, tocs, err := c.tree()
-	if err != nil {
-		return nil, err
+// files returns the files whose objects were touched or are in a pack, and those that a profile, which may be nil, names. To make the whole tree of a
+// large image would take a second; what that would show beyond this is that a file is hidden by a whiteout.
+func (c Chain) files(touches []fetch.Touch, chunks []pack.Chunk, p *profile.Profile) (*chainFiles, error) {
+	objects, named := map[uint64]bool{}, map[string]bool{}
+	for _, t := range touches {
+		objects[packNumber(toc.Digest(t.Key))] = true
+	}
+	for _, x := range chunks {
+		objects[x.Object] = true
+	}
+	if p != nil {
+		for _, x := range p.Pieces {
+			named[x.Path] = true
+		}
 	}
 	f := &chainFiles{map[string]chainFile{}, map[toc.Digest]string{}}
-	for o := range tree.Objects() {
-		t := tocs[o.Layer]
-		e := &t.Entries[o.Entry]
-		f.objects[e.Name] = chainFile{o.Key, e.Size, t.Content(e)}
-		if _, ok := f.paths[o.Key]; !ok {
-			f.paths[o.Key] = e.Name
+	var order []string
+	for _, l := range c.parts() {
+		t, err := l.load(c.n)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", l.id, err)
+		}
+		for i := range t.Entries {
+			e := &t.Entries[i]
+			if e.Type != toc.Regular || e.Size == 0 {
+				continue
+			}
+			content := t.Content(e)
+			key := toc.ObjectKey(content)
+			if !objects[packNumber(key)] && !named[e.Name] {
+				continue
+			}
+			named[e.Name] = true // a layer above may have another
+			order = append(order, e.Name)
+			f.objects[e.Name] = chainFile{key, e.Size, slices.Clone(content)} // not all of the table
+		}
+	}
+	for _, name := range order {
+		if o := f.objects[name]; f.paths[o.key] == "" {
+			f.paths[o.key] = name
 		}
 	}
 	return f, nil

@@ -34,7 +34,11 @@ func TestLearn(t *testing.T) {
 	must(t, err)
 	defer n.Close()
 	c := Chain{n, kept(t, n, 1, 2, 3, 4).Layers}
-	files, err := c.files()
+	all := &profile.Profile{}
+	for _, name := range []string{"1", "2", "3", "4"} {
+		all.Pieces = append(all.Pieces, profile.Piece{Path: name})
+	}
+	files, err := c.files(nil, nil, all)
 	must(t, err)
 	if len(files.objects) != 4 {
 		t.Fatalf("%d files", len(files.objects))

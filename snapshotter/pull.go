@@ -163,6 +163,7 @@ func (s *Snapshotter) resolve(ctx context.Context, p *pull, q request) error {
 		defer startup.Close()
 	}
 	if p.err == nil {
+		startup.Image(p.image)
 		for _, l := range p.image.Layers {
 			p.layers = append(p.layers, &pulledLayer{done: make(chan struct{}), digest: l.Digest})
 		}
@@ -203,7 +204,7 @@ func (s *Snapshotter) resolve(ctx context.Context, p *pull, q request) error {
 			return nil
 		})
 		if p.release, err = chain.Use(); err == nil {
-			if err := chain.Start(ctx, startup); err != nil && ctx.Err() == nil {
+			if err := chain.Start(ctx, startup, tocs); err != nil && ctx.Err() == nil {
 				s.log.Warn("the startup pack was not of use", "image", q.ref.String(), "err", err)
 			}
 		}

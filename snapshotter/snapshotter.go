@@ -17,8 +17,10 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots/storage"
 	cfs "github.com/containerd/continuity/fs"
 	"github.com/containerd/errdefs"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"golang.org/x/sync/singleflight"
 
+	"lazuli/fs/remote"
 	"lazuli/fs/rootfs"
 	"lazuli/fs/toc"
 	"lazuli/fs/upper"
@@ -370,10 +372,31 @@ func (s *Snapshotter) attach(snap storage.Snapshot, o rootfs.Overlay) error {
 	if err != nil {
 		return err
 	}
+	over := func() {}
+	if o.New { // a container is going to start
+		over = s.learn(snap, chain)
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.mounted[snap.ID] = release
+	s.mounted[snap.ID] = func() { over(); release() }
 	return nil
+}
+
+// learn has the start of a container recorded, until the returned function is called.
+func (s *Snapshotter) learn(snap storage.Snapshot, chain rootfs.Chain) (over func()) {
+	record, err := rootfs.ReadRecord(s.dir(snap.ParentIDs[0], rootfs.ImageRecord))
+	if err != nil { // its parent is no image's
+		return func() {}
+	}
+	digest, err := v1.NewHash(record.Digest)
+	if err != nil {
+		return func() {}
+	}
+	ref, err := remote.ParseReference(record.Reference)
+	if err != nil {
+		return func() {}
+	}
+	return chain.Learn(ref.At(digest), digest)
 }
 
 // detach unmounts a snapshot's overlay and lets go of its layers.

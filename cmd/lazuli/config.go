@@ -31,6 +31,8 @@ type config struct {
 	Socket      string   `toml:"socket"`
 	MaxSize     bytesize `toml:"max_size"` // zero is a fifth of the disk
 	Verify      *bool    `toml:"verify"`   // nil is true
+	Learn       *bool    `toml:"learn"`    // nil is true
+	Share       bool     `toml:"share"`
 	Containerd  string   `toml:"containerd"`
 	Metrics     string   `toml:"metrics"`
 
@@ -61,6 +63,12 @@ max_size = "0"
 
 # Compare each lazy layer, when all of it has arrived, with the diffID that its image claims: see docs/security.md.
 verify = true
+
+# Write down what starts read (in root's folder profiles), and fetch that ahead when the next image of the same repository is pulled.
+learn = true
+
+# Put what was learned beside the images as startup packs, for other nodes: with credentials that may push, and at most once an hour for an image.
+share = false
 
 # containerd's own socket, to which the calls of CRI's image service are passed on.
 containerd = "/run/containerd/containerd.sock"
@@ -137,6 +145,9 @@ func (c *config) parseLevel(otherwise string) error {
 	}
 	return nil
 }
+
+// unlearned reports whether nothing is to be learned from starts.
+func (c *config) unlearned() bool { return c.Learn != nil && !*c.Learn }
 
 func (c *config) parse(b []byte) error {
 	d := toml.NewDecoder(bytes.NewReader(b)).DisallowUnknownFields()

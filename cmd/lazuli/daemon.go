@@ -115,6 +115,8 @@ func (a *app) serve(cmd *cobra.Command) error {
 		Hosts:       a.HostsDir,
 		MaxSize:     int64(a.MaxSize),
 		Unverified:  a.Verify != nil && !*a.Verify,
+		Unlearned:   a.unlearned(),
+		Share:       a.Share,
 		Containerd:  a.Containerd,
 		Metrics:     a.Metrics,
 		Version:     version,

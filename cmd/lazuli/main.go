@@ -203,7 +203,7 @@ func (a *app) open(stderr io.Writer) (*rootfs.Node, error) {
 	if os.Geteuid() != 0 {
 		return nil, errors.New("mounting needs root: run it with sudo (lazuli doctor says what else is missing)")
 	}
-	return rootfs.Open(a.Root, rootfs.Options{Logger: a.logger(stderr), ReadTimeout: a.ReadTimeout.Duration, Hosts: a.HostsDir})
+	return rootfs.Open(a.Root, rootfs.Options{Logger: a.logger(stderr), ReadTimeout: a.ReadTimeout.Duration, Hosts: a.HostsDir, Unlearned: a.unlearned()})
 }
 
 func (a *app) logger(w io.Writer) *slog.Logger {

@@ -46,6 +46,7 @@ func TestCommandLines(t *testing.T) {
 	good := write("good.toml", "root = \"/r\"\nread_timeout = \"30s\"\nlog_level = \"debug\"\n")
 	unknown := write("unknown.toml", "root = \"/r\"\nmax_sise = 1\n")
 	broken := write("broken.toml", "\nroot = \n")
+	profile := write("app.profile", `{"path":"bin/app","piece":3,"share":0.5,"ms":30}`+"\n"+`{"path":"bin/app","piece":0,"share":0.25,"ms":10}`+"\n"+`{"path":"bin/app","piece":1,"share":0.25,"ms":20}`+"\n")
 	timeout := write("timeout.toml", "read_timeout = \"-1s\"\n")
 	for _, tt := range []struct {
 		args string
@@ -70,6 +71,9 @@ func TestCommandLines(t *testing.T) {
 		{"registry", 2, "--dir"},
 		{"profile pack", 2, "usage: lazuli profile pack"},
 		{"daemon --print-config --teardown", 2, "say one of them"},
+		{"profile merge x", 2, "want -o OUT"},
+		{"profile merge -o " + dir + "/out " + dir + "/missing.profile", 1, "missing.profile: no such file"},
+		{"profile show " + profile, 0, "10.0  50%    0-1,3   bin/app\n"},
 		{"--log-level loud version", 2, `log level "loud"`},
 		{"--config " + filepath.Join(dir, "missing") + " version", 1, "missing: no such file"},
 		{"--config " + unknown + " version", 1, "unknown key max_sise: lazuli daemon --print-config shows those that there are"},

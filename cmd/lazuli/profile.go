@@ -107,7 +107,7 @@ ARGs replace the command of the image's config; its entrypoint stays.`,
 	f.StringVarP(&o.Dir, "workdir", "w", "", "working `DIR` in the container")
 	f.StringVarP(&o.User, "user", "u", "", "`USER[:GROUP]`")
 	f.StringArrayVarP(&binds, "volume", "v", nil, "show a file or directory of the host, `SRC:DST[:ro]`")
-	cmd.AddCommand(newPackCommand(a))
+	cmd.AddCommand(newPackCommand(a), newShowCommand(a), newMergeCommand(), newPushCommand(a))
 	return cmd
 }
 

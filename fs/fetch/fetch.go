@@ -144,8 +144,8 @@ type Queue struct {
 	reads                                     atomic.Int64 // that did not find all in the store
 	waits                                     waits
 	link                                      link
-	recorder                                  atomic.Pointer[Recorder]
-	lastFull                                  atomic.Int64 // when a full store was last logged, in Unix seconds
+	recorders                                 atomic.Pointer[[]*Recorder] // nil is none; replaced under mu
+	lastFull                                  atomic.Int64                // when a full store was last logged, in Unix seconds
 }
 
 type memberID struct {

@@ -52,6 +52,8 @@ type flight struct {
 	arrived bool    // its bytes are here
 	parked  *parked // they are parked
 
+	wanted bool // by a call of Ahead: it is not parked
+
 	waiters atomic.Int32 // leave 0 only under Queue.mu
 	tries   int          // by the goroutine that decodes
 }
@@ -354,7 +356,7 @@ func (q *Queue) seen(l *Layer, m int) bool {
 	return true
 }
 
-// fly brings the flights of a run, which are neighbours. Each of them ends, whatever happens.
+// fly brings the flights of a run, which are neighbours or nearly so. Each of them ends, whatever happens.
 func (q *Queue) fly(r *run, flights []*flight) {
 	// A Blob asks again by itself while its registry does not answer. Here, streams that break are gone on with.
 	const maxAttempts = 6
@@ -409,6 +411,12 @@ func (q *Queue) request(ctx context.Context, r *run, flights []*flight) (arrived
 	defer body.Close()
 	for _, f := range flights {
 		from, to := l.Table.Member(f.id.member)
+		if from > start { // what lies between is here
+			if _, err := io.CopyN(io.Discard, body, from-start); err != nil {
+				return arrived, noEOF(err)
+			}
+		}
+		start = to
 		if to-from > maxBuffered {
 			member := io.LimitReader(body, to-from)
 			if err := q.land(f, member); err != nil {

@@ -249,6 +249,14 @@ func (o *Object) put(i int, p []byte) error {
 // ReadAt reads len(p) bytes at off, as io.ReaderAt does, and waits for those that are not here. The error
 // says what could not be had and why.
 func (o *Object) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
+	if o.q.recorders.Load() != nil && off >= 0 && off < o.size && len(p) > 0 {
+		o.touched(off, min(int64(len(p)), o.size-off))
+	}
+	return o.Peek(ctx, p, off)
+}
+
+// Peek is ReadAt for who is no part of a start: it is not recorded.
+func (o *Object) Peek(ctx context.Context, p []byte, off int64) (int, error) {
 	if off < 0 {
 		return 0, fs.ErrInvalid
 	}
@@ -256,9 +264,6 @@ func (o *Object) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
 		return 0, io.EOF
 	}
 	var end error
-	if r := o.q.recorder.Load(); r != nil {
-		r.touch(o.key, off, int64(len(p)))
-	}
 	if int64(len(p)) > o.size-off {
 		p, end = p[:o.size-off], io.EOF
 	}

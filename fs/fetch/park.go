@@ -32,7 +32,7 @@ type lot struct {
 func (q *Queue) parkOrLand(f *flight, b []byte, from *body) {
 	q.mu.Lock()
 	f.arrived = true
-	if f.run.parks && f.waiters.Load() == 0 && !q.closed && f.id.layer.ctx.Err() == nil {
+	if f.run.parks && !f.wanted && f.waiters.Load() == 0 && !q.closed && f.id.layer.ctx.Err() == nil {
 		f.parked = &parked{b: b, from: from}
 		f.parked.at = q.lot.list.PushBack(f)
 		q.lot.bytes += int64(len(b))

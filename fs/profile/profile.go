@@ -89,6 +89,12 @@ const (
 
 // Merge returns the profile of the runs of old and a newer one. A nil old is none.
 func Merge(old, newer *Profile) *Profile {
+	return Learn(old, newer, func(Piece) bool { return false })
+}
+
+// Learn is [Merge] for a newer run of which not everything was seen: a piece of old that it does not have, and that is hidden, may
+// have been touched, and counts as much as before.
+func Learn(old, newer *Profile, hidden func(Piece) bool) *Profile {
 	if old == nil {
 		return newer
 	}
@@ -97,15 +103,21 @@ func Merge(old, newer *Profile) *Profile {
 		piece int
 	}
 	all := map[id]Piece{}
+	touched := map[id]bool{}
+	for _, x := range newer.Pieces {
+		touched[id{x.Path, x.Index}] = true
+	}
 	for _, x := range old.Pieces {
-		x.Share *= 1 - decay
+		if touched[id{x.Path, x.Index}] || !hidden(x) {
+			x.Share *= 1 - decay
+		}
 		all[id{x.Path, x.Index}] = x
 	}
 	for _, x := range newer.Pieces {
 		was, ok := all[id{x.Path, x.Index}]
 		if ok {
 			x.MS = was.MS*(1-decay) + x.MS*decay
-			x.Share = was.Share + x.Share*decay
+			x.Share = min(was.Share+x.Share*decay, 1)
 		} else {
 			x.Share *= decay
 		}
@@ -120,6 +132,18 @@ func Merge(old, newer *Profile) *Profile {
 		}
 	}
 	return p
+}
+
+// Bound returns p with at most n pieces: those of the largest shares, of equal ones those that are touched first.
+func (p *Profile) Bound(n int) *Profile {
+	if len(p.Pieces) <= n {
+		return p
+	}
+	b := &Profile{slices.Clone(p.Pieces)}
+	slices.SortStableFunc(b.Pieces, func(a, b Piece) int { return cmp.Compare(b.Share, a.Share) })
+	b.Pieces = b.Pieces[:n:n]
+	b.sort()
+	return b
 }
 
 // A Chunk is one chunk of a file that a profile wants.

@@ -17,6 +17,7 @@
 //
 //	store/         see package store
 //	images/        a record for each image that is kept (see [Node.Images])
+//	profiles/      what was learned from starts, by repository and command
 //	run/PID.N/     mount points and upper folders of a process; its lock file is locked while it lives
 //
 // and of a node that is a daemon's, whose mounts outlive the process (see [Options.Daemon]):
@@ -66,6 +67,11 @@ type Options struct {
 	// Keychain has the registries' credentials where no other is given. Nil is docker's configuration and
 	// credential helpers.
 	Keychain authn.Keychain
+	// Unlearned leaves starts unrecorded, and what was learned of others unused.
+	Unlearned bool
+	// Learned is called after each start that was learned from, by one goroutine per start; ctx ends when the node is closed. Nil is not
+	// called.
+	Learned func(ctx context.Context, l Lesson)
 	// Daemon makes mounts that outlive the process: [Node.Serve] begins to serve them, or goes on where another
 	// process was. Only one process at a time can have a root folder so.
 	Daemon bool
@@ -88,7 +94,8 @@ type Node struct {
 	sources map[string]remote.Source
 	used    map[string]*usedLayer
 
-	sweeping  sync.RWMutex       // held exclusively while chains are unmounted
+	sweeping  sync.RWMutex // held exclusively while chains are unmounted
+	learning  learning
 	building  singleflight.Group // of metadata images and their mounts
 	unpacking chan struct{}      // holds a token for each layer that is being unpacked
 }
@@ -126,6 +133,8 @@ func Open(root string, o Options) (*Node, error) {
 		root: root, daemon: o.Daemon, o: o, log: o.Logger, unpacking: make(chan struct{}, sideBySide),
 		sources: map[string]remote.Source{}, used: map[string]*usedLayer{},
 	}
+	n.learning.starts, n.learning.packs = map[string]*start{}, map[string]knownPack{}
+	n.learning.ctx, n.learning.cancel = context.WithCancel(context.Background())
 	if o.Daemon {
 		n.run = filepath.Join(root, "mounts")
 		n.lock, err = lockDaemon(root)
@@ -223,6 +232,11 @@ func removeRun(dir string) error {
 // Close ends the node's use. Its images must be closed before, unless it is a daemon's, whose mounts then wait for
 // the next one.
 func (n *Node) Close() error {
+	if n.daemon {
+		n.learning.cancel()
+	}
+	n.learning.work.Wait()
+	n.learning.cancel()
 	var errs []error
 	switch {
 	case n.daemon && n.server != nil:
@@ -304,6 +318,7 @@ type Rootfs struct {
 	record Record
 
 	startup  *Startup             // nil if none is of use
+	over     func()               // ends the recording of the start; nil if there is none
 	recorded func() []fetch.Touch // nil without a recording
 
 	// Of one that was adopted:
@@ -376,7 +391,7 @@ func (r *Rootfs) mount(ctx context.Context, ref remote.Reference, dir string, o 
 	parts := overlay{meta: metaDir, objects: n.store.Objects(), server: server}
 	if o.Record {
 		parts.objects = filepath.Join(r.dir, "empty")
-		r.recorded = n.queue.Record()
+		r.recorded = n.queue.Record(r.queued...).Stop
 	}
 	if o.RW {
 		parts.upper, parts.work = filepath.Join(r.dir, "upper"), filepath.Join(r.dir, "work")
@@ -384,6 +399,10 @@ func (r *Rootfs) mount(ctx context.Context, ref remote.Reference, dir string, o 
 	}
 	if err == nil {
 		err = mountOverlay(parts, r.Dir)
+	}
+	if err == nil && !o.Record {
+		line := commandOf(r.Config)
+		r.over = r.Chain().learn(ref.At(r.Image.Digest), r.Image.Digest, r.queued, func(context.Context) ([]string, error) { return line, nil })
 	}
 	// The overlay has the metadata image now; nobody else needs to see it.
 	if detachErr := unix.Unmount(metaDir, unix.MNT_DETACH); err == nil {
@@ -468,7 +487,7 @@ func (r *Rootfs) resolve(ctx context.Context, ref remote.Reference, o MountOptio
 	// A metadata image that is here needs no tables of contents, only the layers' chunk tables.
 	if !r.known() {
 		if !o.Record {
-			r.startup = n.startup(r.src, r.Image.Digest, func(context.Context) (*remote.Image, error) { return r.Image, nil })
+			r.startup = n.startup(r.src, ref, r.Image.Digest, func(context.Context) (*remote.Image, error) { return r.Image, nil })
 		}
 		tocs = make([]*toc.TOC, len(r.layers))
 		for i, l := range r.layers {
@@ -496,7 +515,15 @@ func (r *Rootfs) resolve(ctx context.Context, ref remote.Reference, o MountOptio
 		return "", fmt.Errorf("%v: %w", ref, err)
 	}
 	if r.startup != nil {
-		r.startup.behind(r.queued, func() {})
+		own := make(chan *Learned, 1)
+		if tocs != nil { // else the image was here before
+			if l := n.learned(repositoryOf(ref), commandOf(r.Config)); l != nil {
+				own <- l
+			}
+		}
+		close(own)
+		r.startup.chain = r.chain()
+		r.startup.behind(own, r.queued, tocs)
 	}
 	return image, nil
 }
@@ -649,6 +676,9 @@ func (r *Rootfs) Close() error {
 	}
 	if r.startup != nil {
 		r.startup.Close()
+	}
+	if r.over != nil {
+		r.over()
 	}
 	for _, l := range r.queued {
 		r.n.queue.Remove(l)

@@ -30,10 +30,18 @@ type Startup struct {
 	cancel context.CancelFunc
 	work   sync.WaitGroup
 
-	found chan struct{} // closed when blob or err is set
-	blob  remote.Blob   // nil if there is no pack
-	err   error
-	body  *aheadReader // of blob from its beginning
+	found  chan struct{} // closed when blob or err is set
+	blob   remote.Blob   // nil if there is no pack
+	digest v1.Hash       // of blob
+	err    error
+	body   *aheadReader // of blob from its beginning
+
+	ref     remote.Reference
+	own     chan *Learned // nil if Image was not called; else has one, or is closed
+	chain   string        // whose pack it is; set before it arrives
+	indexed chan struct{} // closed when chunks is set, or there is no pack
+	once    sync.Once     // closes indexed
+	chunks  []pack.Chunk  // that the pack has
 }
 
 // Startup begins to look for the startup pack of the manifest with a digest, in the repository that ref names. image returns the image when
@@ -43,18 +51,18 @@ func (n *Node) Startup(ref remote.Reference, digest v1.Hash, image func(context.
 	if err != nil { // who asks for the image hears of it
 		src = nil
 	}
-	return n.startup(src, digest, image)
+	return n.startup(src, ref, digest, image)
 }
 
-func (n *Node) startup(src remote.Source, digest v1.Hash, image func(context.Context) (*remote.Image, error)) *Startup {
-	s := &Startup{n: n, found: make(chan struct{})}
+func (n *Node) startup(src remote.Source, ref remote.Reference, digest v1.Hash, image func(context.Context) (*remote.Image, error)) *Startup {
+	s := &Startup{n: n, ref: ref, found: make(chan struct{}), indexed: make(chan struct{})}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.work.Go(func() {
 		defer close(s.found)
 		if src == nil {
 			return
 		}
-		if s.blob, s.err = s.find(src, digest, image); s.blob == nil {
+		if s.blob, s.digest, s.err = s.find(src, digest, image); s.blob == nil {
 			return
 		}
 		body, err := s.blob.Range(s.ctx, 0, s.blob.Size())
@@ -71,8 +79,8 @@ func (n *Node) startup(src remote.Source, digest v1.Hash, image func(context.Con
 const maxPack = 16 << 30
 
 // find returns the newest startup pack that refers to a manifest, else the newest of the repository, if that is of an image
-// that runs the same command; or nil.
-func (s *Startup) find(src remote.Source, digest v1.Hash, image func(context.Context) (*remote.Image, error)) (remote.Blob, error) {
+// that runs the same command; or nil. It returns the digest of the pack only if that refers to the manifest.
+func (s *Startup) find(src remote.Source, digest v1.Hash, image func(context.Context) (*remote.Image, error)) (remote.Blob, v1.Hash, error) {
 	ctx := s.ctx
 	var last v1.Descriptor
 	var lastErr error
@@ -84,21 +92,21 @@ func (s *Startup) find(src remote.Source, digest v1.Hash, image func(context.Con
 	list, listErr := remote.Referrers(ctx, src, digest, pack.MediaType)
 	best, ok := newestPack(list)
 	if ok {
-		return src.Blob(best), nil
+		return src.Blob(best), best.Digest, nil
 	}
 	<-both
 	if best, ok = newestPack([]v1.Descriptor{last}); !ok {
-		return nil, errors.Join(listErr, lastErr)
+		return nil, v1.Hash{}, errors.Join(listErr, lastErr)
 	}
 	i, err := image(ctx)
 	if err != nil {
-		return nil, err
+		return nil, v1.Hash{}, err
 	}
 	config, _, err := i.Config(ctx)
 	if err != nil || pack.Command(config.Config.Entrypoint, config.Config.Cmd) != last.Annotations[pack.CommandAnnotation] {
-		return nil, err
+		return nil, v1.Hash{}, err
 	}
-	return src.Blob(best), nil
+	return src.Blob(best), v1.Hash{}, nil
 }
 
 // newestPack returns the blob of the pack that was made last, of those whose annotations say where it is.
@@ -132,6 +140,7 @@ func (s *Startup) into(layers []*fetch.Layer) (fetch.PackStats, error) {
 	if err != nil {
 		return fetch.PackStats{}, err
 	}
+	s.index(x)
 	at := x.Start
 	for _, t := range x.Tables {
 		at += t.Size
@@ -164,39 +173,30 @@ func (s *Startup) Close() {
 	}
 }
 
-// behind begins to put the pack into the store behind the caller, and calls f when that has ended.
-func (s *Startup) behind(layers []*fetch.Layer, f func()) {
+// behind begins to bring what a start wants behind the caller.
+func (s *Startup) behind(own <-chan *Learned, layers []*fetch.Layer, tocs []*toc.TOC) {
 	s.work.Go(func() {
-		if _, err := s.into(layers); err != nil && s.ctx.Err() == nil {
+		if err := s.arrive(own, layers, tocs); err != nil && s.ctx.Err() == nil {
 			s.n.log.Warn("the startup pack was not of use", "err", err)
 		}
-		f()
 	})
 }
 
-// Start brings what the startup pack has of the chain's layers, if there is one, and returns when it is here or of no use, or when ctx
-// ends, and s with it.
-func (c Chain) Start(ctx context.Context, s *Startup) error {
+// Start brings what the startup pack has of the chain's layers, if there is one, and what the node has learned that the image's starts
+// want besides. It returns when it is here or of no use, or when ctx ends, and s with it. tocs are the layers' tables of contents.
+func (c Chain) Start(ctx context.Context, s *Startup, tocs []*toc.TOC) error {
 	defer context.AfterFunc(ctx, s.cancel)()
 	release, err := c.Use()
 	if err != nil {
 		return err
 	}
 	defer release()
-	var layers []*fetch.Layer
-	for _, r := range c.Layers {
-		_, key, err := c.n.openRecord(r)
-		if err != nil {
-			return err
-		}
-		c.n.mu.Lock()
-		if u := c.n.used[key]; u != nil {
-			layers = append(layers, u.Layer)
-		}
-		c.n.mu.Unlock()
+	layers, err := c.queued()
+	if err != nil {
+		return err
 	}
-	_, err = s.into(layers)
-	return err
+	s.chain = c.ID()
+	return s.arrive(s.own, layers, tocs)
 }
 
 // An aheadReader reads a stream before it is asked for, up to a bound, so that the connection is not held up while nobody can
@@ -313,11 +313,15 @@ func (c Chain) Profile(touches []fetch.Touch) (*profile.Profile, error) {
 			paths[o.Key] = tocs[o.Layer].Entries[o.Entry].Name
 		}
 	}
+	return profile.FromTouches(profileTouches(touches), paths), nil
+}
+
+func profileTouches(touches []fetch.Touch) []profile.Touch {
 	list := make([]profile.Touch, len(touches))
 	for i, t := range touches {
 		list[i] = profile.Touch{Key: toc.Digest(t.Key), Off: t.Off, N: t.N, After: t.After}
 	}
-	return profile.FromTouches(list, paths), nil
+	return list
 }
 
 // A PackReport says what a startup pack was made of.
@@ -400,7 +404,7 @@ func (n *Node) read(ctx context.Context, key toc.Digest, off, size int64) ([]byt
 	}
 	defer o.Close()
 	p := make([]byte, size)
-	m, err := o.ReadAt(ctx, p, off)
+	m, err := o.Peek(ctx, p, off)
 	if int64(m) == size {
 		err = nil
 	}

@@ -17,10 +17,12 @@ import (
 
 	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
 	"github.com/containerd/containerd/v2/contrib/snapshotservice"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 
 	"lazuli/cmd/lazuli/internal/keeper"
+	"lazuli/fs/remote"
 	"lazuli/fs/rootfs"
 	"lazuli/snapshotter"
 	"lazuli/snapshotter/credentials"
@@ -33,6 +35,8 @@ type Options struct {
 	Hosts       string        // containerd's directory of registry hosts; "" is none
 	MaxSize     int64         // of the store's objects, in bytes; zero is a fifth of its file system
 	Unverified  bool          // leave diffIDs unverified
+	Unlearned   bool          // learn nothing from starts
+	Share       bool          // put startup packs of what was learned beside the images
 	Containerd  string        // containerd's socket, for the CRI image proxy
 	Metrics     string        // TCP address for metrics and /healthz; "" is none
 	Version     string
@@ -61,13 +65,21 @@ func Serve(ctx context.Context, child *keeper.Child, o Options) error {
 		s.log = slog.New(slog.DiscardHandler)
 	}
 	s.metrics = newMetrics(s)
-	var err error
-	if s.node, err = rootfs.Open(o.Root, rootfs.Options{
+	nodeOptions := rootfs.Options{
 		Logger: o.Logger, ReadTimeout: o.ReadTimeout, Hosts: o.Hosts, Daemon: true,
-		Keychain: keychain{&s.keychain},
-	}); err != nil {
+		Keychain: keychain{&s.keychain}, Unlearned: o.Unlearned,
+	}
+	share := &sharer{
+		remote: remote.Options{Keychain: nodeOptions.Keychain, Hosts: o.Hosts, Logger: s.log}, log: s.log, last: map[v1.Hash]time.Time{},
+	}
+	if o.Share {
+		nodeOptions.Learned = share.learned
+	}
+	var err error
+	if s.node, err = rootfs.Open(o.Root, nodeOptions); err != nil {
 		return fmt.Errorf("%w: %w", ErrOpen, err)
 	}
+	share.node = s.node // nothing can have started yet
 	if s.keychain, err = credentials.Open(filepath.Join(s.node.Root(), "credentials"), o.Logger); err != nil {
 		return fmt.Errorf("%w: %w", ErrOpen, err)
 	}

@@ -54,6 +54,7 @@ type Snapshotter struct {
 	idle     *sync.Cond        // on mu: removing became empty
 	sweeping bool              // something looks for metadata images that nobody uses
 	again    bool              // and it is to look once more
+	gone     []string          // chains of images that were removed, for it to look at
 	fallback []Fallback        // the last ones
 }
 
@@ -544,6 +545,7 @@ func (s *Snapshotter) removeBehind(id string) {
 	}
 	s.removing[id] = true
 	s.work.Go(func() {
+		image, _ := rootfs.ReadRecord(s.dir(id, rootfs.ImageRecord)) // most snapshots have none
 		err := s.detach(id)
 		if err == nil {
 			err = os.RemoveAll(s.dir(id))
@@ -554,6 +556,7 @@ func (s *Snapshotter) removeBehind(id string) {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		delete(s.removing, id)
+		s.gone = append(s.gone, image.Chain)
 		s.sweep()
 	})
 }
@@ -566,7 +569,11 @@ func (s *Snapshotter) sweep() {
 	s.sweeping = true
 	s.work.Go(func() {
 		for again := true; again; {
-			if err := s.node.Sweep(); err != nil {
+			s.mu.Lock()
+			gone := s.gone
+			s.gone = nil
+			s.mu.Unlock()
+			if err := s.node.Sweep(gone...); err != nil {
 				s.log.Error("cannot unmount a metadata image", "err", err)
 			}
 			s.mu.Lock()

@@ -96,7 +96,9 @@ func (a *auth) renew(ctx context.Context, used *authorization, resp *http.Respon
 			return nil, n, err
 		}
 		if err != nil {
-			failed = err
+			if failed == nil { // the likeliest says most
+				failed = err
+			}
 			continue
 		}
 		if next != nil {
@@ -104,10 +106,10 @@ func (a *auth) renew(ctx context.Context, used *authorization, resp *http.Respon
 			return next, n, nil
 		}
 	}
-	if failed != nil {
+	if failed != nil && tried == 0 {
 		return nil, n, failed
 	}
-	return used, n, nil
+	return used, n, nil // what refused the one before says why
 }
 
 func (a *auth) candidates(ctx context.Context) iter.Seq2[authn.Authenticator, error] {

@@ -139,9 +139,9 @@ func Mounted(dir string) (bool, error) { return isMounted(dir) }
 // Detach unmounts what is mounted at dir, if anything is; programs that use it keep it until they are done.
 func Detach(dir string) error { return unmount(dir) }
 
-// Sweep unmounts metadata images that no record of a snapshot or mount names, and removes those from the store that no image
-// needs either.
-func (n *Node) Sweep() error {
+// Sweep unmounts metadata images that no record of a mount names, and removes those from the store, and those of gone, that no image
+// needs either. gone are chains whose records have been removed.
+func (n *Node) Sweep(gone ...string) error {
 	n.sweeping.Lock() // else a chain could go away between its mount and the one that is stacked on it
 	defer n.sweeping.Unlock()
 	used, err := n.inUse()
@@ -163,8 +163,8 @@ func (n *Node) Sweep() error {
 		kept[r.Chain] = true
 	}
 	entries, err := os.ReadDir(filepath.Join(n.root, "chains"))
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
 	}
 	var errs []error
 	for _, e := range entries {
@@ -181,7 +181,12 @@ func (n *Node) Sweep() error {
 		}
 		errs = append(errs, err)
 	}
-	return errors.Join(append(errs, err)...)
+	for _, chain := range gone {
+		if !kept[chain] && chain != "" {
+			errs = append(errs, os.RemoveAll(n.store.Path("meta", chain+".erofs")))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // Teardown unmounts everything below root, whoever mounted it, last mounted first, and rootfs that were mounted elsewhere by a

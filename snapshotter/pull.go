@@ -186,7 +186,7 @@ func (s *Snapshotter) resolve(ctx context.Context, p *pull, q request) error {
 			}
 			return nil
 		})
-		if err := chain.Start(startup); err != nil && ctx.Err() == nil {
+		if err := chain.Start(ctx, startup); err != nil && ctx.Err() == nil {
 			s.log.Warn("the startup pack was not of use", "image", q.ref.String(), "err", err)
 		}
 		group.Wait()

@@ -19,7 +19,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strconv"
 
+	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/klauspost/compress/zstd"
 
 	"lazuli/fs/toc"
@@ -33,7 +35,24 @@ const (
 	DigestAnnotation = "lazuli.pack.digest" // of the pack's blob
 	SizeAnnotation   = "lazuli.pack.size"   // of the blob, in bytes
 	MadeAnnotation   = "lazuli.pack.made"   // when, as RFC 3339 in UTC; the newest is taken
+	// OriginAnnotation says what a pack was made of, if that was no recording of this image: it is taken when there is no
+	// other, whatever its age.
+	OriginAnnotation = "lazuli.pack.origin"
 )
+
+// Named returns where the annotations of an image's manifest or of a pack's artifact say that the pack's blob is: its digest
+// and size, which nobody has checked. It is false if they do not say so, or say nonsense.
+func Named(annotations map[string]string) (v1.Descriptor, bool) {
+	hash, herr := v1.NewHash(annotations[DigestAnnotation])
+	size, serr := strconv.ParseInt(annotations[SizeAnnotation], 10, 64)
+	if herr != nil || serr != nil || size <= 0 || size > maxPack {
+		return v1.Descriptor{}, false
+	}
+	return v1.Descriptor{MediaType: MediaType, Digest: hash, Size: size}, true
+}
+
+// maxPack is how large a pack may be, in bytes.
+const maxPack = 16 << 30
 
 const (
 	magic      = "LZPACK01"

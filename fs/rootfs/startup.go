@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"slices"
-	"strconv"
 	"sync"
 	"time"
 
@@ -66,9 +65,6 @@ func (n *Node) startup(src remote.Source, digest v1.Hash) *Startup {
 	return s
 }
 
-// maxPack is how large a startup pack may be, in bytes.
-const maxPack = 16 << 30
-
 // findPack returns the newest startup pack that refers to a manifest, or nil.
 func findPack(ctx context.Context, src remote.Source, digest v1.Hash) (remote.Blob, error) {
 	list, err := remote.Referrers(ctx, src, digest, pack.MediaType)
@@ -79,15 +75,17 @@ func findPack(ctx context.Context, src remote.Source, digest v1.Hash) (remote.Bl
 	return src.Blob(best), nil
 }
 
-// newestPack returns the blob of the pack that was made last, of those whose annotations say where it is.
+// newestPack returns the blob of the pack that was made last, of those whose annotations say where it is. One that was recorded
+// comes before those that were not.
 func newestPack(list []v1.Descriptor) (best v1.Descriptor, ok bool) {
 	var made time.Time
+	recorded := false
 	for _, d := range list {
-		hash, herr := v1.NewHash(d.Annotations[pack.DigestAnnotation])
-		size, serr := strconv.ParseInt(d.Annotations[pack.SizeAnnotation], 10, 64)
+		blob, named := pack.Named(d.Annotations)
 		at, _ := time.Parse(time.RFC3339, d.Annotations[pack.MadeAnnotation]) // who does not say it comes last
-		if herr == nil && serr == nil && size > 0 && size <= maxPack && (!ok || at.After(made)) {
-			best, made, ok = v1.Descriptor{Digest: hash, Size: size}, at, true
+		was := d.Annotations[pack.OriginAnnotation] == ""
+		if named && (!ok || was && !recorded || was == recorded && at.After(made)) {
+			best, made, recorded, ok = blob, at, was, true
 		}
 	}
 	return best, ok

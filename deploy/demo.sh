@@ -5,32 +5,21 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-IMAGE=${IMAGE:-}
-if [[ -z $IMAGE ]]; then
-	job=(python3 -c 'import json, numpy as np; a = np.arange(250000.0).reshape(500, 500); print(json.dumps({"job": "done", "trace": float(np.trace(a @ a.T))}))')
-else
-	job=()
-fi
-[[ -z ${JOB:-} ]] || read -ra job <<<"$JOB"
+source deploy/image.sh
 
-say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
-die() { printf 'demo: %s\n' "$*" >&2; exit 1; }
+IMAGE=${IMAGE:-}
+job=()
+[[ -n $IMAGE ]] || job=("${small_job[@]}")
+[[ -z ${JOB:-} ]] || read -ra job <<<"$JOB"
 
 [[ $(uname -s) == Linux ]] || die 'lazy starts need Linux'
 [[ $EUID == 0 ]] || die 'mounting needs root: sudo make demo'
 command -v go >/dev/null || [[ -x bin/lazuli ]] || die 'building needs Go 1.26: see https://go.dev/dl'
 
 # What it takes besides Lazuli: a runtime, and for the other side of the comparison an ordinary puller and unpacker.
-missing=()
-need() { command -v "$1" >/dev/null || missing+=("$2"); }
 need runc runc; need skopeo skopeo; need umoci umoci; need jq jq
-[[ -n $IMAGE ]] || need mmdebstrap mmdebstrap
-if ((${#missing[@]})); then
-	command -v apt-get >/dev/null || die "install these first: ${missing[*]}"
-	say "Installing ${missing[*]}"
-	{ apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends "${missing[@]}"; } >/dev/null ||
-		die "apt-get could not: install these first: ${missing[*]}"
-fi
+[[ -n $IMAGE ]] || need_small_image
+install_missing
 
 [[ -n ${LAZULI_BUILT:-} ]] || make --no-print-directory build
 lazuli=$PWD/bin/lazuli
@@ -55,20 +44,7 @@ trap 'exit 130' INT
 trap 'exit 143' TERM
 
 # 1. An ordinary image, made once.
-if [[ -z $IMAGE && ! -e $cache/image.tar ]]; then
-	say 'Making an image of Debian, Python and NumPy (once)'
-	mmdebstrap --quiet --variant=minbase --include=python3,python3-numpy \
-		--dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' bookworm "$work/layer.tar"
-	diff=$(sha256sum "$work/layer.tar" | cut -d' ' -f1)
-	jq -n --arg diff "sha256:$diff" --arg arch "$(dpkg --print-architecture)" '{
-		architecture: $arch, os: "linux", created: "1970-01-01T00:00:00Z",
-		config: {Cmd: ["python3"], Env: ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"]},
-		rootfs: {type: "layers", diff_ids: [$diff]}, history: [{created_by: "mmdebstrap"}]}' >"$work/config.json"
-	jq -n '[{Config: "config.json", RepoTags: ["demo:original"], Layers: ["layer.tar"]}]' >"$work/manifest.json"
-	tar -C "$work" -cf "$cache/image.tar.new" manifest.json config.json layer.tar
-	mv "$cache/image.tar.new" "$cache/image.tar"
-	rm "$work/layer.tar"
-fi
+[[ -n $IMAGE ]] || make_small_image "$work"
 
 # 2. A registry that has it, and a lazy copy.
 coproc registry_output { exec "$lazuli" registry --dir "$work/registry" --addr 127.0.0.1:0 --access-log "$work/access.log"; }
@@ -79,7 +55,7 @@ original=$host/demo:original lazy=$host/demo:lazy
 
 say "Pushing the ordinary image to the registry at $host"
 if [[ -z $IMAGE ]]; then
-	skopeo copy --quiet --dest-tls-verify=false "docker-archive:$cache/image.tar" "docker://$original"
+	skopeo copy --quiet --dest-tls-verify=false "docker-archive:$small_image" "docker://$original"
 else
 	tls=true # as docker has it: only this machine's own registries may do without
 	[[ $IMAGE != localhost[:/]* && $IMAGE != 127.* ]] || tls=false

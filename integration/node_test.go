@@ -53,7 +53,7 @@ func TestSymlinks(t *testing.T) {
 			t.Errorf("%s does not count as mounted: %v", r.Dir, err)
 		}
 	}
-	must(t, rootfs.Unmount(atLink))
+	must(t, rootfs.Unmount("", atLink))
 	must(t, asked.Wait(t.Context()))
 	must(t, asked.Close())
 	closeOwn()

@@ -72,6 +72,9 @@ type pull struct {
 	image  *remote.Image
 	err    error
 	layers []*pulledLayer // of image, the lowest first
+	// release gives back the layers, which the fetcher knows until a container has had the time to be started: it remembers of them what a
+	// startup pack brought. It is nil if there is nothing to give back.
+	release func()
 
 	finished chan struct{} // closed when all is done
 }
@@ -127,7 +130,12 @@ func (s *Snapshotter) pull(q request) *pull {
 			forget() // nothing caches an error
 			return
 		}
-		time.AfterFunc(pullKept, forget)
+		time.AfterFunc(pullKept, func() {
+			forget()
+			if p.release != nil {
+				p.release()
+			}
+		})
 	})
 	return p
 }
@@ -186,6 +194,10 @@ func (s *Snapshotter) resolve(ctx context.Context, p *pull, q request) error {
 			}
 			return nil
 		})
+		var err error
+		if p.release, err = chain.Use(); err != nil {
+			return err
+		}
 		if err := chain.Start(ctx, startup); err != nil && ctx.Err() == nil {
 			s.log.Warn("the startup pack was not of use", "image", q.ref.String(), "err", err)
 		}

@@ -89,10 +89,10 @@ func (b *bytesize) UnmarshalText(text []byte) error {
 type duration struct{ time.Duration }
 
 func (d *duration) UnmarshalText(b []byte) (err error) {
-	if d.Duration, err = time.ParseDuration(string(b)); err == nil && d.Duration <= 0 {
-		err = errors.New("want more than 0")
+	if d.Duration, err = time.ParseDuration(string(b)); err != nil || d.Duration <= 0 {
+		return fmt.Errorf("duration %q: want more than 0, with a unit, such as \"30s\" or \"1m\"", b)
 	}
-	return err
+	return nil
 }
 
 func (c *config) flags(f *pflag.FlagSet) {

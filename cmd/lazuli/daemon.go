@@ -33,6 +33,15 @@ for what is not until it is started again. --teardown stops it and unmounts ever
   lazuli daemon --teardown`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, args []string) error {
+			n := 0
+			for _, mode := range []bool{printConfig, teardown, serve, hold} {
+				if mode {
+					n++
+				}
+			}
+			if n > 1 {
+				return &usageError{errors.New("daemon: --print-config and --teardown are two commands: say one of them")}
+			}
 			if printConfig {
 				_, err := fmt.Fprint(cmd.OutOrStdout(), configText)
 				return err
@@ -61,7 +70,6 @@ for what is not until it is started again. --teardown stops it and unmounts ever
 	f.BoolVar(&hold, "hold", false, "hold the connection of a keeper that was stopped")
 	f.MarkHidden("serve")
 	f.MarkHidden("hold")
-	cmd.MarkFlagsMutuallyExclusive("print-config", "teardown", "serve", "hold")
 	return cmd
 }
 
@@ -112,7 +120,8 @@ func (a *app) serve(cmd *cobra.Command) error {
 		Version:     version,
 		Logger:      a.logger(cmd.ErrOrStderr()),
 	})
-	if errors.Is(err, daemon.ErrOpen) { // starting again does not help
+	// Starting again does not help, unless somebody makes room.
+	if errors.Is(err, daemon.ErrOpen) && !errors.Is(err, unix.ENOSPC) && !errors.Is(err, unix.EDQUOT) {
 		return &exitError{keeper.ExitConfig, err}
 	}
 	return err
@@ -146,7 +155,7 @@ func (a *app) teardown(cmd *cobra.Command) error {
 	for waited := time.Duration(0); listens(daemon.Holder(a.Socket)) && waited < 10*time.Second; waited += 20 * time.Millisecond {
 		time.Sleep(20 * time.Millisecond)
 	}
-	_, err = fmt.Fprintf(cmd.OutOrStdout(), "%d mounts below %s are gone\n", n, a.Root)
+	_, err = fmt.Fprintf(cmd.OutOrStdout(), "mounts below %s that are gone now: %d\n", a.Root, n)
 	return err
 }
 

@@ -173,7 +173,11 @@ layers can be read piece by piece, mounts them at once, and fetches what is read
 		newProfileCommand(a), newDaemonCommand(a), newStatusCommand(a), newInstallCommand(a), newUninstallCommand(a),
 		newRegistryCommand(a), newDoctorCommand(a), newVersionCommand(),
 	)
-	for _, c := range append(cmd.Commands(), cmd) {
+	all := append(cmd.Commands(), cmd)
+	for _, c := range cmd.Commands() {
+		all = append(all, c.Commands()...)
+	}
+	for _, c := range all {
 		args := c.Args
 		c.Args = func(cmd *cobra.Command, a []string) error {
 			if err := args(cmd, a); err != nil {

@@ -68,6 +68,8 @@ func TestCommandLines(t *testing.T) {
 		{"run --timeline=csv x", 2, "want text, json or json:FILE"},
 		{"run -v /nothing/here:/x x", 125, "/nothing/here"},
 		{"registry", 2, "--dir"},
+		{"profile pack", 2, "usage: lazuli profile pack"},
+		{"daemon --print-config --teardown", 2, "say one of them"},
 		{"--log-level loud version", 2, `log level "loud"`},
 		{"--config " + filepath.Join(dir, "missing") + " version", 1, "missing: no such file"},
 		{"--config " + unknown + " version", 1, "unknown key max_sise: lazuli daemon --print-config shows those that there are"},

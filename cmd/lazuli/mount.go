@@ -78,7 +78,7 @@ a file of it open, the image stays mounted, and the exit code is 1.`,
 		Example: "  lazuli umount /mnt",
 		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return rootfs.Unmount(args[0])
+			return rootfs.Unmount(a.Root, args[0])
 		},
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"text/tabwriter"
 	"time"
 
@@ -29,6 +30,9 @@ daemon does that by itself for layers that have arrived whole.`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			client := daemon.Dial(a.Socket)
 			if client == nil {
+				if os.Geteuid() != 0 {
+					return errors.New("only root may ask the daemon: run it with sudo")
+				}
 				return fmt.Errorf("no daemon answers at %s: systemctl start lazuli, or run lazuli daemon", a.Socket)
 			}
 			if verify {

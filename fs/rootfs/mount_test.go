@@ -45,7 +45,7 @@ func TestMountOverlay(t *testing.T) {
 				if (err == nil) != rw {
 					t.Errorf("rw %v: write: %v", rw, err)
 				}
-				if err := Unmount(at); err != nil {
+				if err := Unmount("", at); err != nil {
 					t.Fatal(err)
 				}
 			}

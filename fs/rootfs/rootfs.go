@@ -36,6 +36,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -453,9 +454,6 @@ func (r *Rootfs) resolve(ctx context.Context, ref remote.Reference, o MountOptio
 		return "", err
 	}
 	r.Resolved = time.Now()
-	if !o.Record {
-		r.startup = n.startup(r.src, r.Image.Digest)
-	}
 	for _, l := range r.Image.Layers {
 		x, err := newLayer(l, v1.Hash{})
 		if err != nil {
@@ -469,6 +467,9 @@ func (r *Rootfs) resolve(ctx context.Context, ref remote.Reference, o MountOptio
 	group.Go(func() error { return r.readConfig(gctx) })
 	// A metadata image that is here needs no tables of contents, only the layers' chunk tables.
 	if !r.known() {
+		if !o.Record {
+			r.startup = n.startup(r.src, r.Image.Digest)
+		}
 		tocs = make([]*toc.TOC, len(r.layers))
 		for i, l := range r.layers {
 			group.Go(func() (err error) {
@@ -605,15 +606,19 @@ func (r *Rootfs) Wait(ctx context.Context) error {
 		return err
 	}
 	defer f.Close()
-	for {
-		mounted, err := isMounted(r.Dir)
-		if err != nil || !mounted {
-			return err
+	for changed := true; ; {
+		if changed {
+			mounted, err := isMounted(r.Dir)
+			if err != nil || !mounted {
+				return err
+			}
 		}
 		poll := []unix.PollFd{{Fd: int32(f.Fd()), Events: unix.POLLPRI}}
-		if _, err := unix.Poll(poll, 200); err != nil && !errors.Is(err, unix.EINTR) {
+		n, err := unix.Poll(poll, 200)
+		if err != nil && !errors.Is(err, unix.EINTR) {
 			return err
 		}
+		changed = n > 0
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
@@ -658,8 +663,9 @@ func (r *Rootfs) Close() error {
 	return errors.Join(errs...)
 }
 
-// Unmount unmounts the rootfs at dir, whichever process mounted it; that one then ends its part.
-func Unmount(dir string) error {
+// Unmount unmounts the rootfs at dir, whichever process mounted it with the root folder root, and returns when that one has let go of the
+// image, or after some seconds. A root of "" does not wait.
+func Unmount(root, dir string) error {
 	dir, err := filepath.Abs(dir)
 	if err != nil {
 		return err
@@ -678,5 +684,19 @@ func Unmount(dir string) error {
 	if errors.Is(err, unix.EBUSY) {
 		return fmt.Errorf("%s is in use: end the programs that work in it (fuser -vm %s) and try again", dir, dir)
 	}
+	for waited := time.Duration(0); err == nil && root != "" && waited < 5*time.Second && recorded(root, dir); waited += 20 * time.Millisecond {
+		time.Sleep(20 * time.Millisecond)
+	}
 	return err
+}
+
+// recorded reports whether a record says that something is mounted at dir.
+func recorded(root, dir string) bool {
+	for _, pattern := range []string{"run/*/*/*.json", "mounts/*/*.json"} {
+		records, _ := readRecords(filepath.Join(root, pattern))
+		if slices.ContainsFunc(records, func(r Record) bool { return r.Dir == dir }) {
+			return true
+		}
+	}
+	return false
 }

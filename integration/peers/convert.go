@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 
@@ -32,6 +33,7 @@ func stargzConvert(ctx context.Context, args []string) error {
 	zstdChunked := flags.Bool("zstdchunked", false, "zstd:chunked instead of eStargz")
 	level := flags.Int("level", gzip.BestCompression, "gzip level")
 	chunk := flags.Int("chunk-size", 0, "`bytes` of a chunk; 0: the library's 4 MiB")
+	prioritized := flags.String("prioritized", "", "a `FILE` with a path in each line: these lie first in their layers and are prefetched, as by stargz-snapshotter's optimizer (eStargz)")
 	group := flags.Int("min-chunk-size", 0, "put files together until a member has this many `bytes`; 0: a member for each file")
 	flags.Parse(args)
 	if flags.NArg() != 2 {
@@ -59,7 +61,11 @@ func stargzConvert(ctx context.Context, args []string) error {
 	if *zstdChunked {
 		layers = zstdconvert.LayerConvertFuncWithCompressionLevel(zstd.SpeedDefault, opts...)
 	} else {
-		layers = esgzconvert.LayerConvertFunc(append(opts, estargz.WithCompressionLevel(*level))...)
+		perLayer, err := prioritize(src, desc, *prioritized)
+		if err != nil {
+			return err
+		}
+		layers = esgzconvert.LayerConvertWithLayerAndCommonOptsFunc(perLayer, append(opts, estargz.WithCompressionLevel(*level))...)
 	}
 	start := time.Now()
 	converted, err := converter.DefaultIndexConvertFunc(layers, true, platforms.All)(ctx, store, desc)
@@ -96,6 +102,25 @@ func stargzConvert(ctx context.Context, args []string) error {
 	fmt.Printf("wall=%.3f cpu=%.3f maxrss=%d before=%d after=%d\n",
 		wall.Seconds(), cpu.Seconds(), used.Maxrss*1024, before, after)
 	return nil
+}
+
+// prioritize returns the options by which each layer begins with those files of a list that it has; nil if file is "".
+func prioritize(src layout, desc ocispec.Descriptor, file string) (map[digest.Digest][]estargz.Option, error) {
+	if file == "" {
+		return nil, nil
+	}
+	list, err := os.ReadFile(file)
+	if err != nil {
+		return nil, err
+	}
+	paths := strings.Split(strings.TrimSpace(string(list)), "\n")
+	m, err := src.manifest(desc)
+	opts := map[digest.Digest][]estargz.Option{}
+	for _, l := range m.Layers {
+		// Layers are converted side by side, so each has its own list of what it does not have.
+		opts[l.Digest] = []estargz.Option{estargz.WithPrioritizedFiles(paths), estargz.WithAllowPrioritizeNotFound(new([]string))}
+	}
+	return opts, err
 }
 
 func layerBytes(l layout, desc ocispec.Descriptor) (n int64, err error) {

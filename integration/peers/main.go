@@ -4,6 +4,7 @@
 //	peers unpack LAYOUT[:TAG] DIR                  the layers as containerd's overlayfs snapshotter unpacks them
 //	peers stargz-convert [options] SRC DST         an OCI layout made lazy by stargz-snapshotter's converter
 //	peers stargz-mount [options] REF DIR           an image lazily mounted by stargz-snapshotter's file system
+//	peers stargz-snapshotter [options] ROOT SOCKET stargz-snapshotter's service for containerd
 //
 // It is a module of its own because containerd and stargz-snapshotter bring some hundred modules that
 // nothing else here needs. Nothing of Lazuli is imported, so that nothing of it can be on both sides of a comparison.
@@ -21,15 +22,16 @@ import (
 )
 
 var verbs = map[string]func(context.Context, []string) error{
-	"unpack":         unpack,
-	"stargz-convert": stargzConvert,
-	"stargz-mount":   stargzMount,
+	"unpack":             unpack,
+	"stargz-convert":     stargzConvert,
+	"stargz-mount":       stargzMount,
+	"stargz-snapshotter": stargzSnapshotter,
 }
 
 func main() {
 	log.SetFlags(0)
 	if len(os.Args) < 2 || verbs[os.Args[1]] == nil {
-		fmt.Fprintln(os.Stderr, "usage: peers unpack|stargz-convert|stargz-mount [options] SRC DST")
+		fmt.Fprintln(os.Stderr, "usage: peers unpack|stargz-convert|stargz-mount|stargz-snapshotter [options] SRC DST")
 		os.Exit(2)
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)

@@ -486,7 +486,7 @@ func TestListen(t *testing.T) {
 	if _, err := listen(filepath.Join(path, "x"), unix.SOCK_STREAM); !errors.Is(err, syscall.ENOTDIR) {
 		t.Errorf("below a file: %v", err)
 	}
-	if _, err := listen(filepath.Join(dir, strings.Repeat("x", 120)), unix.SOCK_STREAM); !errors.Is(err, syscall.EINVAL) {
+	if _, err := listen(filepath.Join(dir, strings.Repeat("x", 120)), unix.SOCK_STREAM); err == nil || !strings.Contains(err.Error(), "107 bytes") {
 		t.Errorf("with a long name: %v", err)
 	}
 }

@@ -63,11 +63,14 @@ func clear(path string, kind int) error {
 				return fmt.Errorf("%s is there and not a socket: remove it, or choose another path", path)
 			}
 			return os.Remove(path)
+		case len(path) >= len(unix.RawSockaddrUnix{}.Path):
+			return fmt.Errorf("listen on %s: a socket's path may have %d bytes, this one has %d: choose a shorter one",
+				path, len(unix.RawSockaddrUnix{}.Path)-1, len(path))
 		case errors.Is(err, unix.EACCES), errors.Is(err, unix.ENOTDIR), errors.Is(err, unix.ELOOP), errors.Is(err, unix.EINVAL):
 			return fmt.Errorf("listen on %s: %w", path, err)
 		}
 		if time.Now().After(end) {
-			return fmt.Errorf("a process listens on %s already: stop it, or choose another path", path)
+			return fmt.Errorf("a daemon runs already, or another process that listens on %s already: stop it, or choose another path", path)
 		}
 	}
 }

@@ -1,0 +1,226 @@
+package main
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"log"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/google/go-containerregistry/pkg/name"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/layout"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
+)
+
+var discard = log.New(io.Discard, "", 0)
+
+// An image is an OCI layout with an ordinary image, whose job writes a line that begins with Ready when it has loaded what it needs,
+// and a last one that begins with DONE.
+type image struct {
+	Name, Dir, Ready string
+	Built            bool // by the program debian
+}
+
+func parseImage(s, cache string) (image, error) {
+	f := strings.Split(s, "=")
+	if len(f) == 1 {
+		return image{Name: s, Dir: filepath.Join(cache, "images", s), Ready: "READY", Built: true}, nil
+	}
+	im := image{Name: f[0], Ready: "READY"}
+	if len(f) == 3 {
+		im.Ready = f[2]
+	}
+	var err error
+	im.Dir, err = filepath.Abs(f[1])
+	if len(f) > 3 || im.Name == "" || im.Ready == "" || strings.ContainsFunc(im.Name, func(r rune) bool { return (r < 'a' || r > 'z') && (r < '0' || r > '9') }) {
+		return im, fmt.Errorf("image %q: want NAME (small letters and digits) or NAME=DIR[=READY]", s)
+	}
+	return im, err
+}
+
+// build makes the layout if it is not there.
+func (im image) build(ctx context.Context) error {
+	_, err := os.Stat(filepath.Join(im.Dir, "index.json"))
+	if err == nil || !im.Built {
+		return err
+	}
+	root, err := module()
+	if err != nil {
+		return err
+	}
+	say("building image %s, which takes minutes", im.Name)
+	return run(ctx, "go", "-C", root, "run", "./integration/debian", "-dir", filepath.Dir(im.Dir), im.Name)
+}
+
+// openLayout returns a layout's first image.
+func openLayout(dir string) (v1.Image, error) {
+	index, err := layout.ImageIndexFromPath(dir)
+	if err != nil {
+		return nil, err
+	}
+	for {
+		m, err := index.IndexManifest()
+		if err != nil {
+			return nil, err
+		}
+		if len(m.Manifests) == 0 {
+			return nil, fmt.Errorf("%s: it has no image", dir)
+		}
+		if d := m.Manifests[0]; !d.MediaType.IsIndex() {
+			return index.Image(d.Digest)
+		} else if index, err = index.ImageIndex(d.Digest); err != nil {
+			return nil, err
+		}
+	}
+}
+
+// A form is what an image is made into before it is pushed.
+type form struct {
+	name string
+	// program converts: what it makes is made again when it has changed. "" is none.
+	program func(*world) string
+	convert func(ctx context.Context, w *world, im image, dst string) error
+}
+
+var (
+	ordinary = &form{name: "ordinary"}
+	lazy     = &form{"lazuli", func(w *world) string { return w.Lazuli }, func(ctx context.Context, w *world, im image, dst string) error {
+		return run(ctx, w.Lazuli, "--root", filepath.Join(w.Work, "convert"), "convert", "--quiet", "oci:"+im.Dir, "oci:"+dst)
+	}}
+	packed = &form{name: "lazuli-pack"} // lazy, and with a pack in the registry
+	stargz = &form{"stargz", func(w *world) string { return w.Peers }, func(ctx context.Context, w *world, im image, dst string) error {
+		return run(ctx, w.Peers, "stargz-convert", im.Dir, dst)
+	}}
+	stargzOptimized = &form{"stargz-opt", stargz.program, func(ctx context.Context, w *world, im image, dst string) error {
+		list, err := record(ctx, w, im)
+		if err != nil {
+			return fmt.Errorf("what the job opens: %w", err)
+		}
+		// Beside the image, for whoever wants to know.
+		if err := os.WriteFile(dst+".opened", []byte(strings.Join(list, "\n")+"\n"), 0o644); err != nil {
+			return err
+		}
+		return run(ctx, w.Peers, "stargz-convert", "-prioritized", dst+".opened", im.Dir, dst)
+	}}
+)
+
+// prepare has the image in the registry in a form, and returns its reference.
+func (w *world) prepare(ctx context.Context, im image, f *form) (string, error) {
+	ref := registryHost + "/" + f.name + "/" + im.Name + ":latest"
+	if w.prepared[ref] {
+		return ref, nil
+	}
+	dir, err := w.converted(ctx, im, f)
+	if err != nil {
+		return "", err
+	}
+	pushed, err := openLayout(dir)
+	if err != nil {
+		return "", err
+	}
+	to, err := name.ParseReference(ref, name.Insecure)
+	if err != nil {
+		return "", err
+	}
+	if err := remote.Write(to, pushed, w.past(ctx)...); err != nil {
+		return "", err
+	}
+	w.prepared[ref] = true
+	if f != packed {
+		return ref, nil
+	}
+	say("profiling %s", im.Name)
+	// A configuration of its own, as this machine may have a daemon.
+	config := filepath.Join(w.Work, "profile.toml")
+	if err := os.WriteFile(config, fmt.Appendf(nil, "socket = %q\n", filepath.Join(w.Work, "none.sock")), 0o644); err != nil {
+		return "", err
+	}
+	if err := run(ctx, w.Lazuli, "--root", filepath.Join(w.Work, "profile"), "--config", config, "profile", "--push", ref); err != nil {
+		return "", err
+	}
+	w.packs[im.Name], err = w.pack(ctx, to.Context(), pushed)
+	return ref, err
+}
+
+// past returns what it takes to reach the registry past the link.
+func (w *world) past(ctx context.Context) []remote.Option {
+	return []remote.Option{remote.WithContext(ctx), remote.WithTransport(&http.Transport{DialContext: w.registry.dial})}
+}
+
+// pack returns the path of the startup pack in the registry: the largest blob of what refers to the image.
+func (w *world) pack(ctx context.Context, repo name.Repository, img v1.Image) (string, error) {
+	digest, err := img.Digest()
+	if err != nil {
+		return "", err
+	}
+	referrers, err := remote.Referrers(repo.Digest(digest.String()), w.past(ctx)...)
+	if err != nil {
+		return "", err
+	}
+	list, err := referrers.IndexManifest()
+	if err != nil {
+		return "", err
+	}
+	var largest v1.Descriptor
+	for _, d := range list.Manifests {
+		artifact, err := remote.Image(repo.Digest(d.Digest.String()), w.past(ctx)...)
+		if err != nil {
+			return "", err
+		}
+		m, err := artifact.Manifest()
+		if err != nil {
+			return "", err
+		}
+		for _, l := range m.Layers {
+			if l.Size > largest.Size {
+				largest = l
+			}
+		}
+	}
+	if largest.Size == 0 {
+		return "", fmt.Errorf("nothing in the registry refers to %s", digest)
+	}
+	return "/v2/" + repo.RepositoryStr() + "/blobs/" + largest.Digest.String(), nil
+}
+
+// converted returns the layout of the image in a form. It stays in the cache, until the image or the program that converts it is another.
+func (w *world) converted(ctx context.Context, im image, f *form) (dir string, err error) {
+	if f == packed {
+		f = lazy
+	}
+	if f.convert == nil {
+		return im.Dir, nil
+	}
+	dir = filepath.Join(w.Cache, "bench", im.Name+"-"+f.name)
+	key := sha256.New()
+	for _, file := range []string{filepath.Join(im.Dir, "index.json"), f.program(w)} {
+		r, err := os.Open(file)
+		if err != nil {
+			return "", err
+		}
+		_, err = io.Copy(key, r)
+		if err := errors.Join(err, r.Close()); err != nil {
+			return "", err
+		}
+	}
+	madeOf := fmt.Sprintf("%x", key.Sum(nil))
+	return dir, locked(dir+".lock", func() error {
+		if have, _ := os.ReadFile(dir + ".made-of"); string(have) == madeOf {
+			return nil
+		}
+		say("converting %s for %s", im.Name, f.name)
+		if err := errors.Join(os.RemoveAll(dir), os.RemoveAll(dir+".made-of")); err != nil {
+			return err
+		}
+		if err := f.convert(ctx, w, im, dir); err != nil {
+			return err
+		}
+		return os.WriteFile(dir+".made-of", []byte(madeOf), 0o644)
+	})
+}

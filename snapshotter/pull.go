@@ -194,12 +194,10 @@ func (s *Snapshotter) resolve(ctx context.Context, p *pull, q request) error {
 			}
 			return nil
 		})
-		var err error
-		if p.release, err = chain.Use(); err != nil {
-			return err
-		}
-		if err := chain.Start(ctx, startup); err != nil && ctx.Err() == nil {
-			s.log.Warn("the startup pack was not of use", "image", q.ref.String(), "err", err)
+		if p.release, err = chain.Use(); err == nil {
+			if err := chain.Start(ctx, startup); err != nil && ctx.Err() == nil {
+				s.log.Warn("the startup pack was not of use", "image", q.ref.String(), "err", err)
+			}
 		}
 		group.Wait()
 	}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"time"
@@ -34,9 +35,10 @@ func newProfileCommand(a *app) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "profile [flags] IMAGE [ARG…]",
 		Short: "Record what a start reads, and make a startup pack of it",
-		Long: `Profile runs IMAGE as lazuli run does and writes down what the process reads, in its order, until the process ends, a line of its
+		Long: `Profile runs IMAGE as lazuli run does and writes down what the process reads, in its order, until the process ends, its
 output has the text of --until, or --for is over. The profile is a list of pieces of files: it holds for later builds of the
-image too. -o FILE writes it; --merge FILE adds the run to an older one, which counts less with each run.
+image too. -o FILE writes it; --merge FILE adds the run to an older one, if that file is there, which counts less with each run. With
+--until or --for the process is killed then; a process that fails, or ends before its --until, leaves no profile.
 
 --push makes a startup pack of it, one blob with all that the start reads, and puts it beside the image into its registry. From
 then on every node fetches it in one request as soon as it starts the image. A pack is trusted with nothing: what is in it
@@ -49,10 +51,13 @@ ARGs replace the command of the image's config; its entrypoint stays.`,
   lazuli profile pack --profile app.profile --push registry.example.com/app:2-lazy`,
 		Args: cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) (err error) {
-			if out == "" && !push {
+			switch {
+			case out == "" && !push:
 				return &usageError{errors.New("profile: say what is to come of it: -o FILE, --push, or both")}
+			case during < 0:
+				return &usageError{fmt.Errorf("profile: --for %v: want more than 0", during)}
 			}
-			ref, err := parseReference(args[0])
+			ref, err := pushable(args[0], push)
 			if err != nil {
 				return err
 			}
@@ -74,7 +79,7 @@ ARGs replace the command of the image's config; its entrypoint stays.`,
 			}
 			o.Args = args[1:]
 			return a.withRecorder(cmd, func(node *rootfs.Node) error {
-				p, chain, digest, err := a.record(cmd, node, ref, o, until, during)
+				p, chain, image, err := a.record(cmd, node, ref, o, until, during)
 				if err != nil {
 					return err
 				}
@@ -87,14 +92,14 @@ ARGs replace the command of the image's config; its entrypoint stays.`,
 				if !push {
 					return nil
 				}
-				return a.pushPack(cmd, ref, chain, digest, p)
+				return a.makePack(cmd, ref, chain, image, p, "", true)
 			})
 		},
 	}
 	f := cmd.Flags()
 	f.SetInterspersed(false)
-	f.StringVar(&until, "until", "", "end when a line of the output has this `TEXT`")
-	f.DurationVar(&during, "for", 0, "end after this `TIME`")
+	f.StringVar(&until, "until", "", "end when the output has this `TEXT`")
+	f.DurationVar(&during, "for", 0, "end after this `TIME`, such as 30s, at the latest")
 	f.StringVarP(&out, "output", "o", "", "write the profile to `FILE`")
 	f.StringVar(&merge, "merge", "", "an older profile in `FILE` that the run is added to")
 	f.BoolVar(&push, "push", false, "make a startup pack and put it beside the image")
@@ -106,21 +111,35 @@ ARGs replace the command of the image's config; its entrypoint stays.`,
 	return cmd
 }
 
+// pushable parses an image's name, and refuses one that is in no registry if something is to be pushed beside it.
+func pushable(image string, push bool) (remote.Reference, error) {
+	ref, err := parseReference(image)
+	if err == nil && push && ref.Kind() != remote.Registry {
+		err = &usageError{fmt.Errorf("profile: --push: %v is in no registry, so there is no place beside it: use -o FILE", ref)}
+	}
+	return ref, err
+}
+
 func newPackCommand(a *app) *cobra.Command {
 	var file, out string
 	var push bool
 	cmd := &cobra.Command{
 		Use:   "pack --profile FILE [flags] IMAGE",
 		Short: "Make a startup pack for an image from a profile",
-		Long: `Pack makes the startup pack of IMAGE, which need not be the image that was profiled: files are found by their paths. What it has is
-fetched. -o FILE writes it, --push puts it beside the image into its registry.`,
+		Long: `Pack makes the startup pack of IMAGE, which need not be the image that was profiled: files are found by their paths. What it needs of
+the image is fetched. -o FILE writes it, --push puts it beside the image into its registry, where it is used from then on.`,
 		Example: `  lazuli profile pack --profile app.profile --push registry.example.com/app:2-lazy`,
-		Args:    cobra.ExactArgs(1),
+		Args: func(cmd *cobra.Command, args []string) error {
+			if err := cobra.ExactArgs(1)(cmd, args); err != nil {
+				return &usageError{fmt.Errorf("profile pack: %w\nusage: %s", err, cmd.UseLine())}
+			}
+			return nil
+		},
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if file == "" || out == "" && !push {
 				return &usageError{errors.New("profile pack: want --profile FILE, and -o FILE or --push")}
 			}
-			ref, err := parseReference(args[0])
+			ref, err := pushable(args[0], push)
 			if err != nil {
 				return err
 			}
@@ -129,23 +148,14 @@ fetched. -o FILE writes it, --push puts it beside the image into its registry.`,
 				return err
 			}
 			return a.withRecorder(cmd, func(node *rootfs.Node) (err error) {
-				r, err := node.Mount(cmd.Context(), ref, "", rootfs.MountOptions{})
+				r, err := node.Mount(cmd.Context(), ref, "", rootfs.MountOptions{
+					Notice: func(s string) { fmt.Fprintln(printable(cmd.ErrOrStderr()), s) },
+				})
 				if err != nil {
 					return err
 				}
 				defer func() { err = errors.Join(err, r.Close()) }()
-				if push {
-					return a.pushPack(cmd, ref, r.Chain(), r.Image, p)
-				}
-				f, err := os.Create(out)
-				if err != nil {
-					return err
-				}
-				report, err := r.Chain().Pack(cmd.Context(), p, packShare, f)
-				if err = errors.Join(err, f.Close()); err == nil {
-					reportPack(cmd.ErrOrStderr(), report)
-				}
-				return err
+				return a.makePack(cmd, ref, r.Chain(), r.Image, p, out, push)
 			})
 		},
 	}
@@ -208,7 +218,7 @@ func (a *app) record(cmd *cobra.Command, node *rootfs.Node, ref remote.Reference
 	case code != 0:
 		return nil, chain, nil, fmt.Errorf("profile %v: the process ended with code %d: nothing is recorded of a start that failed", ref, code)
 	case until != "":
-		return nil, chain, nil, fmt.Errorf("profile %v: the process ended and no line of its output had %q", ref, until)
+		return nil, chain, nil, fmt.Errorf("profile %v: the process ended and nothing it printed had %q", ref, until)
 	}
 	chain = r.Chain()
 	p, err = chain.Profile(r.Recorded())
@@ -243,28 +253,37 @@ func (w *watcher) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// pushPack makes a startup pack and puts it beside the image.
-func (a *app) pushPack(cmd *cobra.Command, ref remote.Reference, chain rootfs.Chain, image *remote.Image, p *profile.Profile) error {
-	if ref.Kind() != remote.Registry {
-		return &usageError{fmt.Errorf("profile: %v is in no registry: there is nowhere to push the pack", ref)}
+// makePack makes the startup pack of an image, and writes it to the file out unless that is "", or pushes it, or both.
+func (a *app) makePack(cmd *cobra.Command, ref remote.Reference, chain rootfs.Chain, image *remote.Image, p *profile.Profile, out string, push bool) error {
+	dir := "" // where temporary files are
+	if out != "" {
+		dir = filepath.Dir(out)
 	}
-	f, err := os.CreateTemp("", "lazuli-pack-")
+	f, err := os.CreateTemp(dir, "lazuli-pack-")
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	os.Remove(f.Name()) // it vanishes when it is closed, however we end
+	defer os.Remove(f.Name())
 	report, err := chain.Pack(cmd.Context(), p, packShare, f)
 	if err != nil {
-		return err
-	}
-	digest, err := convert.PushPack(cmd.Context(), ref, image, f, report.Size, remote.Options{})
-	if err != nil {
-		return err
+		return fmt.Errorf("%v: %w", ref, err)
 	}
 	reportPack(cmd.ErrOrStderr(), report)
-	_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s\n", digest)
-	return err
+	if push {
+		digest, err := convert.PushPack(cmd.Context(), ref, image, f, report.Size, remote.Options{})
+		if err != nil {
+			return err
+		}
+		fmt.Fprintln(cmd.OutOrStdout(), digest)
+	}
+	if out == "" {
+		return nil
+	}
+	if err := f.Chmod(0o644); err != nil {
+		return err
+	}
+	return os.Rename(f.Name(), out)
 }
 
 func reportPack(w io.Writer, r rootfs.PackReport) {

@@ -240,7 +240,7 @@ func (o *Object) put(i int, p []byte) error {
 	case part != nil:
 		_, err = part.Put(i, p, c.FileOffset)
 		return err
-	case errors.Is(err, fs.ErrNotExist):
+	case errors.Is(err, fs.ErrNotExist) && t.NumChunks() == 1: // else the chunk is not the object
 		return o.q.store.Put(o.key, p)
 	}
 	return err
@@ -432,9 +432,12 @@ func (o *Object) ahead(off, n int64) {
 	if !sequential || end >= o.size || o.first().layer.Table.Compression() == toc.Whole {
 		return
 	}
-	// Asking again only when half of the window has been eaten makes requests large.
 	src := o.first()
 	t := src.object
+	if o.packed(src, t.ChunkAt(off), t.ChunkAt(end-1)) {
+		return
+	}
+	// Asking again only when half of the window has been eaten makes requests large.
 	middle := t.ChunkAt(min(end+head/2, o.size-1))
 	if o.has(middle) || o.q.flying(src, middle) {
 		return

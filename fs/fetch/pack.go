@@ -1,6 +1,7 @@
 package fetch
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -21,183 +22,273 @@ type packID struct {
 	chunk  int
 }
 
-// A packed is a startup pack that is arriving.
+// A packed is a startup pack that is arriving. Its bytes are counted as those of the frames that are read, in their order.
 type packed struct {
 	begun   time.Time
-	arrived atomic.Int64 // bytes of it
+	arrived atomic.Int64
+	latest  atomic.Int64 // when bytes came last, in nanoseconds from begun
+	late    atomic.Int64 // the end of the furthest frame that was waited for in vain
+	vain    atomic.Int32 // how often late grew
 }
 
-// soon returns for how long to wait for what ends at byte end of the pack, and whether that is worth it: if not, asking for it is
+const (
+	// packPatience is for how long a read waits for a pack rather than for an answer of its own: some round trips of most links.
+	packPatience = 150 * time.Millisecond
+	// maxVain is how often reads wait for a pack in vain before none does any more: what a pack can cost is maxVain times three
+	// packPatience, however it comes in.
+	maxVain = 3
+)
+
+// moving reports whether the pack brings something, and reads do not wait in vain for it.
+func (p *packed) moving() bool {
+	return p.vain.Load() < maxVain && time.Since(p.begun)-time.Duration(p.latest.Load()) < packPatience
+}
+
+// soon returns for how long to wait for what ends at byte end, and whether that is worth it: if not, asking for it is
 // faster.
 func (p *packed) soon(end int64) (time.Duration, bool) {
 	arrived := p.arrived.Load()
-	if arrived >= end {
+	switch {
+	case arrived >= end:
 		return packPatience, true // it is being unpacked
-	}
-	took := time.Since(p.begun)
-	if arrived == 0 {
-		return packPatience, took < packPatience
+	case !p.moving(), end <= p.late.Load():
+		return 0, false
+	case arrived == 0:
+		return packPatience, true
 	}
 	// At the speed so far, which is less than the speed now while a connection grows.
-	wait := time.Duration(float64(took) * float64(end-arrived) / float64(arrived))
+	wait := time.Duration(float64(time.Since(p.begun)) * float64(end-arrived) / float64(arrived))
 	return packPatience + 2*wait, wait < packPatience
 }
 
-// packPatience is for how long a read waits for a pack rather than for an answer of its own: some round trips of most links.
-const packPatience = 150 * time.Millisecond
+// missed notes that what ends at byte end was waited for in vain.
+func (p *packed) missed(end int64) {
+	for late := p.late.Load(); end > late && end > p.arrived.Load(); late = p.late.Load() {
+		if p.late.CompareAndSwap(late, end) {
+			p.vain.Add(1)
+			return
+		}
+	}
+}
+
+// came notes that so many bytes are here.
+func (p *packed) came(arrived int64) {
+	p.arrived.Store(arrived)
+	p.latest.Store(int64(time.Since(p.begun)))
+}
 
 // PackStats says what came of a startup pack.
 type PackStats struct {
-	Bytes  int64 // of the pack that arrived
+	Bytes  int64 // of its frames that arrived
 	Chunks int   // that it has
 	Here   int   // of those, that were in the store already
-	Bad    int   // that were not what the tables of contents say, or of unknown objects
+	Bad    int   // frames that were not what the tables of contents say, or had unknown objects
 }
 
-// maxBad is how many frames of a pack may be bad before the rest is not looked at.
-const maxBad = 8
+const (
+	// maxBad is how many frames of a pack may be bad, or not be taken by the store, before the rest is not looked at.
+	maxBad = 8
+	// packTries is how often a pack is asked for when its stream breaks.
+	packTries = 3
+	// skip is how many bytes of a pack that are not needed are read rather than asked around.
+	skip = 1 << 20
+)
 
 // ErrBadPack says that a startup pack was given up because of what was in it.
 var ErrBadPack = errors.New("the startup pack is not of this image, or damaged")
 
+var (
+	errNotPacked = errors.New("it did not come with the startup pack")
+	errFullStore = errors.New("the startup pack was given up: the store does not take what it brings")
+)
+
 // Pack takes the frames of a startup pack into the store. open returns the pack from byte off on; at is where its first frame begins.
-// layers are those that it has chunks of, and were added. Chunks that are in it are not asked for otherwise while they are expected soon. Nothing is
-// believed: what does not verify is dropped, and a pack that has too much of it is given up with [ErrBadPack].
+// layers are those that it has chunks of, and were added. Chunks that are in it are not asked for otherwise while they are expected soon. What is
+// here, or comes with another pack, is not read again. Nothing is believed: frames that cannot be what they say are not even read, what does not
+// verify is dropped, and a pack that has too much of it is given up with [ErrBadPack].
 func (q *Queue) Pack(ctx context.Context, x *pack.Index, at int64, open func(ctx context.Context, off int64) (io.ReadCloser, error), layers ...*Layer) (PackStats, error) {
+	q.mu.Lock()
+	if q.closed {
+		q.mu.Unlock()
+		return PackStats{}, errClosed
+	}
+	q.work.Add(1) // Close waits for us
+	q.mu.Unlock()
+	defer q.work.Done()
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	defer context.AfterFunc(q.ctx, func() { cancel(errClosed) })()
+
 	for _, l := range layers {
 		l.packed.Store(true)
 	}
-	p := &packed{begun: time.Now()}
-	u := &unpacking{q: q, p: p}
-	flights := q.expect(x, p, at, u)
 	begun := time.Now()
-	var s PackStats
-	err := u.read(ctx, x, at, open, flights)
-	for _, f := range flights { // those that did not come
+	u := &unpacking{q: q, x: x, at: at, open: open, p: &packed{begun: begun}}
+	err := u.expect()
+	if err == nil {
+		u.p.latest.Store(int64(time.Since(begun))) // the network has had no time yet
+		err = u.read(ctx)
+	}
+	for _, f := range u.flights { // those that did not come
 		if f != nil {
 			q.landed(f, errors.Join(err, errNotPacked))
 		}
 	}
 	u.work.Wait()
-	s.Bytes, s.Here, s.Bad = p.arrived.Load()-at, int(u.here), int(u.bad.Load())
+	s := PackStats{Bytes: u.p.arrived.Load(), Here: u.here, Bad: int(u.bad.Load())}
 	for i := range x.Frames {
 		s.Chunks += len(x.Frames[i].Chunks)
 	}
 	if s.Bad >= maxBad && err == nil {
 		err = ErrBadPack
 	}
+	if err != nil || s.Bad > 0 {
+		// What it lacks is read as if there had been none.
+		for _, l := range layers {
+			l.packed.Store(false)
+		}
+	}
 	q.log.Debug("startup pack", "bytes", s.Bytes, "chunks", s.Chunks, "here", s.Here, "bad", s.Bad, "took", time.Since(begun), "err", err)
 	return s, err
 }
 
-var errNotPacked = errors.New("it did not come with the startup pack")
-
 // An unpacking is one call of Pack.
 type unpacking struct {
-	q    *Queue
-	p    *packed
-	work sync.WaitGroup
-	here int
-	bad  atomic.Int32
+	q       *Queue
+	x       *pack.Index
+	at      int64 // of the first frame
+	open    func(ctx context.Context, off int64) (io.ReadCloser, error)
+	p       *packed
+	flights []*flight // of the frames, in their order; nil for those that are not needed, or are taken care of
+	here    int
+
+	work      sync.WaitGroup
+	bad, lost atomic.Int32 // frames that are not what they say, or are not taken by the store
 }
 
-// expect registers the frames that have something that is not here, so that reads wait for them. Others are nil.
-func (q *Queue) expect(x *pack.Index, p *packed, at int64, u *unpacking) []*flight {
-	flights := make([]*flight, len(x.Frames))
-	for i := range x.Frames {
-		frame := &x.Frames[i]
-		at += int64(frame.Size)
-		f := &flight{frame: frame, pack: p, end: at, done: make(chan struct{})}
-		missing := 0
-		for _, c := range frame.Chunks {
-			o, err := q.Open(1<<63 | c.Object>>1)
-			if err != nil {
-				missing++ // unknown: it shows when it is unpacked
-				continue
+// expect registers the frames that have something that is neither here nor comes with another pack, so that reads wait for them.
+func (u *unpacking) expect() error {
+	q := u.q
+	u.flights = make([]*flight, len(u.x.Frames))
+	end := int64(0)
+	for i := range u.x.Frames {
+		f := &flight{frame: &u.x.Frames[i], pack: u.p, done: make(chan struct{})}
+		missing, err := q.missing(f.frame)
+		if err != nil {
+			q.log.Debug("startup pack", "frame", i, "err", err)
+			if u.bad.Add(1) >= maxBad {
+				return ErrBadPack
 			}
-			if c.Index >= o.table().NumChunks() || !o.has(c.Index) {
-				missing++
-			}
-			o.Close()
-		}
-		u.here += len(frame.Chunks) - missing
-		if missing > 0 {
-			flights[i] = f
-		}
-	}
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	for _, f := range flights {
-		if f == nil {
 			continue
 		}
-		for _, c := range f.frame.Chunks {
-			id := packID{1<<63 | c.Object>>1, c.Index}
-			if q.packs[id] == nil {
+		u.here += len(f.frame.Chunks) - len(missing)
+		needed := false
+		q.mu.Lock()
+		for _, id := range missing {
+			if other := q.packs[id]; other == nil || other.pack != u.p && !other.pack.moving() {
 				q.packs[id] = f
+				needed = true
 			}
 		}
+		if needed {
+			end += int64(f.frame.Size)
+			f.end = end
+			u.flights[i] = f
+		}
+		q.mu.Unlock()
 	}
-	return flights
+	return nil
 }
 
-// skip is how many bytes of a pack that are not needed are read rather than asked around.
-const skip = 1 << 20
-
-// read reads the frames and has them unpacked. It sets to nil what it has taken care of.
-func (u *unpacking) read(ctx context.Context, x *pack.Index, at int64, open func(context.Context, int64) (io.ReadCloser, error), flights []*flight) error {
-	var body io.ReadCloser
-	defer func() {
-		if body != nil {
-			body.Close()
+// missing returns the chunks of a frame that are not here, or an error if the tables of contents say that the frame cannot be
+// what it claims: so nobody can have more fetched than the layers have.
+func (q *Queue) missing(frame *pack.Frame) ([]packID, error) {
+	var list []packID
+	size := int64(0)
+	for _, c := range frame.Chunks {
+		o, chunk, err := q.openPacked(c)
+		if err != nil {
+			return nil, err
 		}
-	}()
-	pos := at // of body
-	for i, f := range flights {
-		size := int64(x.Frames[i].Size)
-		begin := at
-		at += size
+		size += chunk.Size
+		if !o.has(c.Index) {
+			list = append(list, packID{id(o.key), c.Index})
+		}
+		o.Close()
+	}
+	if size != int64(frame.Inflated) {
+		return nil, fmt.Errorf("startup pack: a frame of %d bytes for chunks of %d", frame.Inflated, size)
+	}
+	return list, nil
+}
+
+// openPacked opens the object that a pack's chunk is of, and returns what its layer's table says of the chunk. The caller closes it.
+func (q *Queue) openPacked(c pack.Chunk) (*Object, toc.Chunk, error) {
+	o, err := q.Open(1<<63 | c.Object>>1)
+	if err != nil {
+		return nil, toc.Chunk{}, fmt.Errorf("startup pack: object %x: %w", c.Object, err)
+	}
+	t := o.table()
+	if o.first().layer.Table.Compression() == toc.Whole { // whose objects are put whole, or not at all
+		o.Close()
+		return nil, toc.Chunk{}, fmt.Errorf("startup pack: object %v is of a layer that is not lazy", t.Key)
+	}
+	if c.Index < 0 || c.Index >= t.NumChunks() {
+		o.Close()
+		return nil, toc.Chunk{}, fmt.Errorf("startup pack: object %v has no chunk %d", t.Key, c.Index)
+	}
+	chunk, _ := t.Chunk(c.Index)
+	if chunk.Hole {
+		o.Close()
+		return nil, toc.Chunk{}, fmt.Errorf("startup pack: chunk %d of object %v is a hole", c.Index, t.Key)
+	}
+	return o, chunk, nil
+}
+
+// read reads the frames that are needed and has them unpacked.
+func (u *unpacking) read(ctx context.Context) error {
+	body := &packBody{u: u}
+	defer body.close()
+	begin, tries := u.at, 1
+	for i, f := range u.flights {
+		off := begin
+		begin += int64(u.x.Frames[i].Size)
 		if f == nil {
 			continue
 		}
-		if body != nil && begin-pos > skip {
-			body.Close()
-			body = nil
-		}
-		if body == nil {
-			var err error
-			if body, err = open(ctx, begin); err != nil {
-				return err
+		b := buffers.get(f.frame.Size)
+		for {
+			err := body.fill(ctx, b, off, f.end)
+			if err == nil {
+				break
 			}
-			pos = begin
+			body.close()
+			if tries++; ctx.Err() != nil || tries > packTries {
+				buffers.put(b)
+				return fmt.Errorf("startup pack: at byte %d: %w", off, or(context.Cause(ctx), err))
+			}
 		}
-		if _, err := io.CopyN(io.Discard, body, begin-pos); err != nil {
-			return fmt.Errorf("startup pack: at byte %d: %w", pos, noEOF(err))
-		}
-		b := buffers.get(int(size))
-		if err := u.fill(body, b, begin); err != nil {
-			return fmt.Errorf("startup pack: at byte %d: %w", begin, noEOF(err))
-		}
-		pos = at
-		if u.bad.Load() >= maxBad {
+		switch {
+		case u.bad.Load() >= maxBad:
 			return ErrBadPack
+		case u.lost.Load() >= maxBad:
+			return errFullStore
 		}
-		flights[i] = nil
 		select {
 		case u.q.decoders <- struct{}{}:
 		case <-ctx.Done():
-			u.q.landed(f, context.Cause(ctx))
 			return context.Cause(ctx)
 		}
+		u.flights[i] = nil
 		u.work.Go(func() {
 			defer func() { <-u.q.decoders }()
 			err := u.q.unpack(f, b)
 			buffers.put(b)
 			if err != nil {
+				u.q.log.Debug("startup pack", "frame", i, "err", err)
 				u.bad.Add(1)
+			} else if f.lost != nil {
+				u.lost.Add(1)
 			}
 			u.q.landed(f, err)
 		})
@@ -205,16 +296,56 @@ func (u *unpacking) read(ctx context.Context, x *pack.Index, at int64, open func
 	return nil
 }
 
-// fill reads a frame and counts what arrives.
-func (u *unpacking) fill(body io.Reader, b []byte, begin int64) error {
-	u.p.arrived.Store(begin)
-	for n := 0; n < len(b); {
-		m, err := body.Read(b[n:])
-		n += m
-		u.p.arrived.Add(int64(m))
-		u.q.fetched.Add(int64(m))
-		if err != nil && n < len(b) {
+func or(err, other error) error {
+	if err != nil {
+		return err
+	}
+	return other
+}
+
+// A packBody is the stream of a pack.
+type packBody struct {
+	u *unpacking
+	io.ReadCloser
+	pos int64 // where it is in the pack
+}
+
+func (b *packBody) close() {
+	if b.ReadCloser != nil {
+		b.ReadCloser.Close()
+		b.ReadCloser = nil
+	}
+}
+
+// fill reads p at byte off of the pack, which comes behind what was read so far. end is where p ends in bytes of the frames that are read.
+func (b *packBody) fill(ctx context.Context, p []byte, off, end int64) error {
+	if b.ReadCloser != nil && off-b.pos > skip {
+		b.close()
+	}
+	if b.ReadCloser == nil {
+		b.u.q.requests.Add(1)
+		body, err := b.u.open(ctx, off)
+		if err != nil {
 			return err
+		}
+		b.ReadCloser, b.pos = body, off
+	}
+	n, err := io.CopyN(io.Discard, b.ReadCloser, off-b.pos)
+	b.pos += n
+	b.u.q.fetched.Add(n)
+	if err != nil {
+		return noEOF(err)
+	}
+	for n := 0; n < len(p); {
+		m, err := b.Read(p[n:])
+		n += m
+		b.pos += int64(m)
+		b.u.q.fetched.Add(int64(m))
+		if m > 0 {
+			b.u.p.came(end - int64(len(p)-n))
+		}
+		if err != nil && n < len(p) {
+			return noEOF(err)
 		}
 	}
 	return nil
@@ -239,29 +370,24 @@ func (q *Queue) unpack(f *flight, b []byte) error {
 }
 
 func (q *Queue) unpackChunk(f *flight, c pack.Chunk, data []byte) (int64, error) {
-	o, err := q.Open(1<<63 | c.Object>>1)
+	o, chunk, err := q.openPacked(c)
 	if err != nil {
-		return 0, fmt.Errorf("startup pack: object %x: %w", c.Object, err)
+		return 0, err
 	}
 	defer o.Close()
-	t := o.table()
-	if c.Index < 0 || c.Index >= t.NumChunks() {
-		return 0, fmt.Errorf("startup pack: object %v has no chunk %d", t.Key, c.Index)
+	if chunk.Size > int64(len(data)) { // another layer says so than the one that was asked first
+		return 0, fmt.Errorf("startup pack: chunk %d of object %v is not in its frame", c.Index, o.key)
 	}
-	chunk, _ := t.Chunk(c.Index)
-	if chunk.Hole || chunk.Size > int64(len(data)) {
-		return 0, fmt.Errorf("startup pack: chunk %d of object %v is not in its frame", c.Index, t.Key)
-	}
-	p := data[:chunk.Size]
 	if o.has(c.Index) {
 		return chunk.Size, nil
 	}
+	p := data[:chunk.Size]
 	if sum := sha256.Sum256(p); sum != chunk.Digest {
-		return 0, fmt.Errorf("startup pack: chunk %d of object %v is %v, not %v as the TOC says", c.Index, t.Key, toc.Digest(sum), chunk.Digest)
+		return 0, fmt.Errorf("startup pack: chunk %d of object %v is %v, not %v as the TOC says", c.Index, o.key, toc.Digest(sum), chunk.Digest)
 	}
 	if err := o.put(c.Index, p); err != nil {
 		f.lost = err
-		f.keep(o.key, c.Index, append([]byte(nil), p...))
+		f.keep(o.key, c.Index, bytes.Clone(p))
 		q.fullStore(err)
 	}
 	return chunk.Size, nil
@@ -299,11 +425,26 @@ func (q *Queue) joinPack(key store.Key, i int) *flight {
 	return f
 }
 
-// expected reports whether a startup pack brings chunk i of the object.
+// expected reports whether a startup pack brings chunk i of the object, soon or not so soon.
 func (q *Queue) expected(key store.Key, i int) bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	return q.packs[packID{id(key), i}] != nil
+	f := q.packs[packID{id(key), i}]
+	return f != nil && f.pack.moving()
+}
+
+// packed reports whether chunks first to last of the object are what a startup pack has brought, or brings: the start that it was made of has
+// not read on from there, or the pack would have that too.
+func (o *Object) packed(src source, first, last int) bool {
+	if !src.layer.packed.Load() {
+		return false
+	}
+	for i := first; i <= last; i++ {
+		if !o.has(i) && !o.q.expected(o.key, i) {
+			return false
+		}
+	}
+	return true
 }
 
 // waitPack waits for the frame of a startup pack, and reports whether it came: not if something else will be faster.
@@ -315,6 +456,7 @@ func (f *flight) waitPack(ctx context.Context) bool {
 	case <-f.done:
 		return f.err == nil
 	case <-timer.C:
+		f.pack.missed(f.end)
 	case <-ctx.Done():
 	}
 	return false

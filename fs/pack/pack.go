@@ -61,9 +61,10 @@ const (
 	frameSize  = 12 // length 4, inflated 4, chunks 4
 	chunkSize  = 12 // object 8, chunk 4
 
+	// An index of the largest size takes 15 MiB, and about three times that in memory.
 	maxTables = 1 << 12
-	maxFrames = 1 << 20
-	maxChunks = 1 << 22
+	maxFrames = 1 << 18
+	maxChunks = 1 << 20
 	// MaxFrame is the most bytes that a frame may have, compressed or not: one chunk of the largest size.
 	MaxFrame = toc.MaxChunkSize
 )
@@ -270,14 +271,17 @@ func (b *Builder) WriteTo(w io.Writer) (int64, error) {
 }
 
 // decoder inflates frames; it is used side by side.
-var decoder, _ = zstd.NewReader(nil, zstd.WithDecoderConcurrency(0), zstd.WithDecoderMaxMemory(MaxFrame), zstd.WithDecoderMaxWindow(MaxFrame))
+var decoder, _ = zstd.NewReader(nil, zstd.WithDecoderConcurrency(0), zstd.WithDecodeAllCapLimit(true), zstd.WithDecoderMaxWindow(MaxFrame))
 
 // Inflate returns the content of a frame, whose bytes in the pack are p, in buf if that is large enough: Inflated bytes, unverified.
 func (f *Frame) Inflate(p, buf []byte) ([]byte, error) {
 	if f.Size == f.Inflated {
 		return p, nil
 	}
-	out, err := decoder.DecodeAll(p, buf[:0])
+	if cap(buf) < f.Inflated {
+		buf = make([]byte, f.Inflated)
+	}
+	out, err := decoder.DecodeAll(p, buf[:0]) // to its capacity, whatever p says
 	if err == nil && len(out) != f.Inflated {
 		err = fmt.Errorf("%d bytes instead of %d", len(out), f.Inflated)
 	}

@@ -116,7 +116,7 @@ func FuzzReadIndex(f *testing.F) {
 	whole := build(f, [][]byte{[]byte("table")}, pieces(4))
 	f.Add(whole)
 	f.Add(whole[:30])
-	f.Add([]byte(magic + "\xff\x0f\x00\x00\xff\xff\x0f\x00\xff\xff\x3f\x00\x00\x00\x00\x00"))
+	f.Add([]byte(magic + "\xff\x0f\x00\x00\xff\xff\x03\x00\xff\xff\x0f\x00\x00\x00\x00\x00"))
 	f.Fuzz(func(t *testing.T, p []byte) {
 		x, err := ReadIndex(bytes.NewReader(p))
 		if err != nil {

@@ -22,6 +22,7 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"lazuli/fs/toc"
 )
@@ -168,30 +169,35 @@ func (p *Profile) Chunks(share float64, file func(path string) []toc.Chunk) []Ch
 	return list
 }
 
-// Parse reads a profile as [Profile.WriteTo] writes it. Paths are cleaned of leading slashes; lines without a "piece" mean the first.
+// maxPiece bounds a piece's index, so that its place in the file is a number.
+const maxPiece = 1 << 46
+
+// Parse reads a profile as [Profile.WriteTo] writes it, or a list of paths in the order of their first touch, as other tools write
+// them: of those the first piece is meant, as of lines without a "piece". Leading slashes are dropped.
 func Parse(r io.Reader) (*Profile, error) {
 	p := new(Profile)
 	lines := bufio.NewScanner(r)
 	lines.Buffer(nil, 1<<20)
-	for n := 1; lines.Scan(); n++ {
+	n := 1
+	for ; lines.Scan(); n++ {
 		line := bytes.TrimSpace(lines.Bytes())
 		if len(line) == 0 || line[0] == '#' {
 			continue
 		}
 		x := Piece{Share: 1, MS: float64(n)}
-		if line[0] != '{' { // a list of paths, as other tools write them
+		if line[0] != '{' {
 			x.Path = string(line)
 		} else if err := json.Unmarshal(line, &x); err != nil {
 			return nil, fmt.Errorf("profile: line %d: %w", n, err)
 		}
 		x.Path = strings.TrimLeft(x.Path, "/")
-		if x.Path == "" || x.Index < 0 || x.Share < 0 || x.Share > 1 {
+		if x.Path == "" || strings.Contains(x.Path, "\x00") || !utf8.ValidString(x.Path) || x.Index < 0 || x.Index > maxPiece || x.Share < 0 || x.Share > 1 {
 			return nil, fmt.Errorf("profile: line %d: want a path, a piece of 0 or more, and a share from 0 to 1", n)
 		}
 		p.Pieces = append(p.Pieces, x)
 	}
 	if err := lines.Err(); err != nil {
-		return nil, fmt.Errorf("profile: %w", err)
+		return nil, fmt.Errorf("profile: line %d: %w", n, err)
 	}
 	p.sort()
 	return p, nil

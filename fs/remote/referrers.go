@@ -54,16 +54,31 @@ func Referrers(ctx context.Context, src Source, digest v1.Hash, artifactType str
 	return found, r.wrap(err)
 }
 
+// referrers returns one of the lists. Registries that do not know of it say so in many ways, with a page for people too: what is neither
+// an outage nor a matter of credentials means that there is none.
 func (r *registry) referrers(ctx context.Context, w *want) ([]v1.Descriptor, error) {
-	var index v1.IndexManifest
+	var list []v1.Descriptor
 	err := r.small(ctx, w, func(raw []byte, _ http.Header) error {
+		var index struct {
+			Manifests []json.RawMessage `json:"manifests"`
+		}
 		if err := json.Unmarshal(raw, &index); err != nil {
 			return fmt.Errorf("%s: %w", w.what, err)
 		}
+		list = nil
+		for _, raw := range index.Manifests {
+			var d v1.Descriptor
+			if json.Unmarshal(raw, &d) == nil { // else somebody's with a digest of another kind
+				list = append(list, d)
+			}
+		}
 		return nil
 	})
-	if errors.Is(err, ErrNotFound) {
+	var outage *transient
+	var refused *denied
+	if err != nil && ctx.Err() == nil && !errors.As(err, &outage) && !errors.As(err, &refused) {
+		r.log.Debug("no referrers", "what", w.what, "error", err)
 		err = nil
 	}
-	return index.Manifests, err
+	return list, err
 }

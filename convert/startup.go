@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strconv"
 	"time"
 
@@ -32,12 +33,6 @@ type Pack struct {
 	// Missing is how many files of the profile the image does not have.
 	Missing int `json:"missing,omitempty"`
 }
-
-// Origins of packs. The number changes when the same image gives another pack than before.
-const (
-	originClosure = "closure/1" // of what the image's command can be seen to need
-	originProfile = "profile/1" // of a profile that was given
-)
 
 const (
 	packShare   = 0.05      // what share of a profile's runs touches what is in a pack
@@ -124,7 +119,7 @@ func (c *conversion) profilePack(ctx context.Context, n *node) (*namedPack, erro
 	for _, l := range files.layers {
 		b.Table(l.want.Digest, l.packed)
 	}
-	return files.pack(ctx, &b, p, originProfile)
+	return files.pack(ctx, &b, p, pack.OriginProfile)
 }
 
 // all returns the profile of whole files.
@@ -261,16 +256,16 @@ func (n *node) walk(seen map[v1.Hash]bool, f func(*node) bool) bool {
 }
 
 func (c *conversion) pushPack(ctx context.Context, d *registryDest, n *node) error {
+	var command v1.ConfigFile
+	if err := json.Unmarshal(n.config, &command); err != nil {
+		return err
+	}
 	p := n.pack
 	if p == nil {
 		if n.has {
 			return nil
 		}
-		var command v1.ConfigFile
-		if err := json.Unmarshal(n.config, &command); err != nil {
-			return err
-		}
-		args := append(command.Config.Entrypoint, command.Config.Cmd...)
+		args := slices.Concat(command.Config.Entrypoint, command.Config.Cmd)
 		if len(args) == 0 {
 			return nil
 		}
@@ -283,7 +278,7 @@ func (c *conversion) pushPack(ctx context.Context, d *registryDest, n *node) err
 			return err
 		}
 		for _, a := range there {
-			if o := a.Annotations[pack.OriginAnnotation]; o == "" || o == originClosure || o == originProfile {
+			if o := a.Annotations[pack.OriginAnnotation]; o == "" || o == pack.OriginClosure || o == pack.OriginProfile {
 				return nil // one that is as good, or better
 			}
 		}
@@ -298,12 +293,16 @@ func (c *conversion) pushPack(ctx context.Context, d *registryDest, n *node) err
 		if err != nil {
 			return err
 		}
-		if p, err = files.pack(ctx, new(pack.Builder), needed, originClosure); err != nil {
+		if p, err = files.pack(ctx, new(pack.Builder), needed, pack.OriginClosure); err != nil {
 			return err
 		}
 	}
 	if _, err := d.putArtifact(ctx, artifact{
-		subject: n.out, blob: p.blob, note: pack.OriginAnnotation, value: p.Origin,
+		subject: n.out, blob: p.blob, tag: p.Origin == pack.OriginProfile,
+		notes: map[string]string{
+			pack.OriginAnnotation:  p.Origin,
+			pack.CommandAnnotation: pack.Command(command.Config.Entrypoint, command.Config.Cmd),
+		},
 		open: func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(p.data)), nil },
 	}); err != nil {
 		return err

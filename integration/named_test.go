@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/http"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -190,6 +191,56 @@ func TestNamedPack(t *testing.T) {
 		c.cold()
 		if out := c.ok("run", "oci:"+dir); out != want {
 			t.Errorf("output:\n%s", out)
+		}
+	})
+}
+
+// TestGuessGivesWay: what the converter sees that the command needs is the image's pack until there is one that was recorded, of the image
+// or of an earlier build.
+func TestGuessGivesWay(t *testing.T) {
+	needRoot(t)
+	packRegistries(t, func(t *testing.T, r *Registry, api bool) {
+		c := newCLI(t)
+		var guessed [2]string
+		var refs, wants [2]string
+		for i := range refs {
+			var lazy string
+			lazy, wants[i] = packImage(t, 31, i)
+			refs[i] = fmt.Sprintf("%s/guess:%d", r.Addr, i)
+			result, err := convert.Image(t.Context(), parse(t, "oci:"+lazy), parse(t, refs[i]), convert.Options{})
+			must(t, err)
+			if len(result.Packs) != 1 || result.Packs[0].Origin != pack.OriginClosure || len(result.Warnings) > 0 {
+				t.Fatalf("%+v", result)
+			}
+			guessed[i] = result.Packs[0].Digest.String()
+		}
+		start := func(i int) (blobs []string) {
+			c.cold()
+			r.Reset()
+			if out := c.ok("run", refs[i]); out != wants[i] {
+				t.Errorf("output:\n%s\nwant:\n%s", out, wants[i])
+			}
+			for _, q := range r.Log() {
+				if q.Method == "GET" && strings.Contains(q.Path, "/blobs/") {
+					blobs = append(blobs, q.Path[strings.LastIndex(q.Path, "/")+1:])
+				}
+			}
+			return blobs
+		}
+		if blobs := start(1); !slices.Contains(blobs, guessed[1]) {
+			t.Errorf("without another the guess %s is not taken: %v", guessed[1], blobs)
+		}
+		out := strings.TrimSpace(c.ok("profile", "--until", "READY", "--push", refs[0]))
+		artifact, err := remote.Open(t.Context(), parse(t, r.Addr+"/guess@"+out[strings.LastIndexByte(out, '\n')+1:]), remote.Options{})
+		must(t, err)
+		defer artifact.Close()
+		img, err := remote.Pick(t.Context(), artifact, nil)
+		must(t, err)
+		better := img.Layers[0].Digest.String()
+		for i := range refs {
+			if blobs := start(i); !slices.Contains(blobs, better) || slices.Contains(blobs, guessed[i]) {
+				t.Errorf("build %d: the recorded pack %s was not taken, or the guess %s was: %v", i, better, guessed[i], blobs)
+			}
 		}
 	})
 }

@@ -146,6 +146,8 @@ func requests(log []Request, layers []string) map[string]int {
 		switch {
 		case q.Method != "GET":
 			kind = q.Method
+		case id == "lazuli-pack": // it may be given up before it is sent
+			continue
 		case kind == "manifests" && strings.HasPrefix(id, "sha256-"):
 			kind = "tag"
 		case kind == "blobs" && slices.Contains(layers, id):

@@ -118,13 +118,13 @@ func (r *Registry) Reset() {
 	r.log = nil
 }
 
-// looksUp reports whether a request asks what refers to an image: a client sends two of them side by side, and waits for neither.
+// looksUp reports whether a request looks for a startup pack: a client sends three of them side by side, and waits for none.
 func (q Request) looksUp() bool {
-	return strings.Contains(q.Path, "/referrers/") || strings.Contains(q.Path, "/manifests/sha256-")
+	return strings.Contains(q.Path, "/referrers/") || strings.Contains(q.Path, "/manifests/sha256-") || strings.HasSuffix(q.Path, "/manifests/lazuli-pack")
 }
 
 // Traffic returns how many requests the log holds and how many bytes answered them, the
-// requests for tokens and for what refers to an image not counted.
+// requests for tokens and for a startup pack not counted.
 func (r *Registry) Traffic() (requests int, bytes int64) {
 	for _, q := range r.Log() {
 		if q.Path != tokenPath && !q.looksUp() {

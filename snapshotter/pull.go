@@ -144,12 +144,20 @@ func (s *Snapshotter) pull(q request) *pull {
 // image if all are lazy. It returns an error if anything could not be had.
 func (s *Snapshotter) resolve(ctx context.Context, p *pull, q request) error {
 	var startup *rootfs.Startup // begins as soon as the image's digest is known
+	image := func(ctx context.Context) (*remote.Image, error) {
+		select {
+		case <-p.done:
+			return p.image, p.err
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+	}
 	if q.manifest != (v1.Hash{}) {
-		startup = s.node.Startup(q.ref, q.manifest)
+		startup = s.node.Startup(q.ref, q.manifest, image)
 	}
 	p.image, p.err = s.image(ctx, q)
 	if startup == nil && p.err == nil {
-		startup = s.node.Startup(q.ref, p.image.Digest)
+		startup = s.node.Startup(q.ref, p.image.Digest, image)
 	}
 	if startup != nil {
 		defer startup.Close()

@@ -7,6 +7,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -79,10 +81,11 @@ func (p *packed) came(arrived int64) {
 
 // PackStats says what came of a startup pack.
 type PackStats struct {
-	Bytes  int64 // of its frames that arrived
-	Chunks int   // that it has
-	Here   int   // of those, that were in the store already
-	Bad    int   // frames that were not what the tables of contents say, or had unknown objects
+	Bytes   int64 // of its frames that arrived
+	Chunks  int   // that it has
+	Here    int   // of those, that were in the store already
+	Foreign int   // of objects that no layer has
+	Bad     int   // frames that were not what the tables of contents say, or had unknown objects
 }
 
 const (
@@ -123,7 +126,7 @@ func (q *Queue) Pack(ctx context.Context, x *pack.Index, at int64, open func(ctx
 		l.packed.Store(true)
 	}
 	begun := time.Now()
-	u := &unpacking{q: q, x: x, at: at, open: open, p: &packed{begun: begun}}
+	u := &unpacking{q: q, layers: layers, x: x, at: at, open: open, p: &packed{begun: begun}}
 	err := u.expect()
 	if err == nil {
 		u.p.latest.Store(int64(time.Since(begun))) // the network has had no time yet
@@ -136,9 +139,7 @@ func (q *Queue) Pack(ctx context.Context, x *pack.Index, at int64, open func(ctx
 	}
 	u.work.Wait()
 	s := PackStats{Bytes: u.p.arrived.Load(), Here: u.here, Bad: int(u.bad.Load())}
-	for i := range x.Frames {
-		s.Chunks += len(x.Frames[i].Chunks)
-	}
+	s.Chunks, s.Foreign = u.chunks(), u.foreign
 	if s.Bad >= maxBad && err == nil {
 		err = ErrBadPack
 	}
@@ -148,19 +149,21 @@ func (q *Queue) Pack(ctx context.Context, x *pack.Index, at int64, open func(ctx
 			l.packed.Store(false)
 		}
 	}
-	q.log.Debug("startup pack", "bytes", s.Bytes, "chunks", s.Chunks, "here", s.Here, "bad", s.Bad, "took", time.Since(begun), "err", err)
+	q.log.Debug("startup pack", "bytes", s.Bytes, "chunks", s.Chunks, "here", s.Here, "foreign", s.Foreign, "bad", s.Bad, "took", time.Since(begun), "err", err)
 	return s, err
 }
 
 // An unpacking is one call of Pack.
 type unpacking struct {
 	q       *Queue
+	layers  []*Layer
 	x       *pack.Index
 	at      int64 // of the first frame
 	open    func(ctx context.Context, off int64) (io.ReadCloser, error)
 	p       *packed
 	flights []*flight // of the frames, in their order; nil for those that are not needed, or are taken care of
-	here    int
+	here    int       // chunks
+	foreign int       // chunks of objects that no layer has
 
 	work      sync.WaitGroup
 	bad, lost atomic.Int32 // frames that are not what they say, or are not taken by the store
@@ -173,7 +176,7 @@ func (u *unpacking) expect() error {
 	end := int64(0)
 	for i := range u.x.Frames {
 		f := &flight{frame: &u.x.Frames[i], pack: u.p, done: make(chan struct{})}
-		missing, err := q.missing(f.frame)
+		missing, foreign, err := q.missing(f.frame)
 		if err != nil {
 			q.log.Debug("startup pack", "frame", i, "err", err)
 			if u.bad.Add(1) >= maxBad {
@@ -181,7 +184,8 @@ func (u *unpacking) expect() error {
 			}
 			continue
 		}
-		u.here += len(f.frame.Chunks) - len(missing)
+		u.foreign += foreign
+		u.here += len(f.frame.Chunks) - len(missing) - foreign
 		needed := false
 		q.mu.Lock()
 		for _, id := range missing {
@@ -197,29 +201,51 @@ func (u *unpacking) expect() error {
 		}
 		q.mu.Unlock()
 	}
+	if 2*u.foreign > u.chunks() {
+		return ErrBadPack
+	}
 	return nil
 }
 
+func (u *unpacking) chunks() (n int) {
+	for i := range u.x.Frames {
+		n += len(u.x.Frames[i].Chunks)
+	}
+	return n
+}
+
 // missing returns the chunks of a frame that are not here, or an error if the tables of contents say that the frame cannot be
-// what it claims: so nobody can have more fetched than the layers have.
-func (q *Queue) missing(frame *pack.Frame) ([]packID, error) {
-	var list []packID
-	size := int64(0)
+// what it claims. foreign are the chunks of objects that no layer has: the pack may be of another
+// build of the image. There are none if less than half of the frame is wanted: so nobody can have more fetched than twice what the layers have.
+func (q *Queue) missing(frame *pack.Frame) (list []packID, foreign int, err error) {
+	size, wanted := int64(0), int64(0)
 	for _, c := range frame.Chunks {
+		size += int64(c.Size)
 		o, chunk, err := q.openPacked(c)
-		if err != nil {
-			return nil, err
+		if errors.Is(err, fs.ErrNotExist) {
+			foreign++
+			continue
 		}
-		size += chunk.Size
+		if err != nil {
+			return nil, 0, err
+		}
+		if int64(c.Size) != chunk.Size {
+			o.Close()
+			return nil, 0, fmt.Errorf("startup pack: chunk %d of object %v has %d bytes, not %d", c.Index, o.key, chunk.Size, c.Size)
+		}
 		if !o.has(c.Index) {
 			list = append(list, packID{id(o.key), c.Index})
+			wanted += chunk.Size
 		}
 		o.Close()
 	}
 	if size != int64(frame.Inflated) {
-		return nil, fmt.Errorf("startup pack: a frame of %d bytes for chunks of %d", frame.Inflated, size)
+		return nil, 0, fmt.Errorf("startup pack: a frame of %d bytes for chunks of %d", frame.Inflated, size)
 	}
-	return list, nil
+	if wanted < size/2 { // most of it would be fetched for nothing
+		return nil, foreign, nil
+	}
+	return list, foreign, nil
 }
 
 // openPacked opens the object that a pack's chunk is of, and returns what its layer's table says of the chunk. The caller closes it.
@@ -273,6 +299,8 @@ func (u *unpacking) read(ctx context.Context) error {
 			return ErrBadPack
 		case u.lost.Load() >= maxBad:
 			return errFullStore
+		case !slices.ContainsFunc(u.layers, func(l *Layer) bool { return l.ctx.Err() == nil }):
+			return errRemoved
 		}
 		select {
 		case u.q.decoders <- struct{}{}:
@@ -371,6 +399,9 @@ func (q *Queue) unpack(f *flight, b []byte) error {
 
 func (q *Queue) unpackChunk(f *flight, c pack.Chunk, data []byte) (int64, error) {
 	o, chunk, err := q.openPacked(c)
+	if errors.Is(err, fs.ErrNotExist) && c.Size <= len(data) {
+		return int64(c.Size), nil
+	}
 	if err != nil {
 		return 0, err
 	}

@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"syscall"
 	"testing"
@@ -545,7 +546,7 @@ func TestPackEnds(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			w, result := begin(t)
 			w.q.Remove(w.layer)
-			if err := <-result; !errors.Is(err, ErrBadPack) {
+			if err := <-result; !errors.Is(err, errRemoved) {
 				t.Error(err)
 			}
 			w.nothingLeft()
@@ -612,6 +613,36 @@ func TestPackFull(t *testing.T) {
 		w.wantAll(nil)
 		if st := w.q.Stats(); st.Errors > 0 {
 			t.Errorf("%d reads failed", st.Errors)
+		}
+		w.nothingLeft()
+	})
+}
+
+// A pack of another build of the image brings what the two have in common.
+func TestPackOtherBuild(t *testing.T) {
+	files := equal(40, 20000)
+	s := build(t, files)
+	changed := slices.Clone(files)
+	changed[3].data, changed[20].data = noise(901, 20000), noise(902, 15000)
+	other := build(t, append(changed, file{"new", noise(903, 5000)}))
+	p := other.packOf(t, other.files...)
+	synctest.Test(t, func(t *testing.T) {
+		w := s.enter(t)
+		stats, err := w.take(p)
+		if err != nil || stats.Bad != 0 || stats.Foreign == 0 {
+			t.Errorf("%+v, %v", stats, err)
+		}
+		for i, f := range files {
+			if i != 3 && i != 20 {
+				w.want(f, 0, len(f.data))
+			}
+		}
+		if n := w.blob.requests(); n != 0 {
+			t.Errorf("%d requests for what the builds have in common", n)
+		}
+		w.want(files[3], 0, 100)
+		if n := w.blob.requests(); n != 1 {
+			t.Errorf("%d requests for what has changed", n)
 		}
 		w.nothingLeft()
 	})

@@ -15,7 +15,9 @@ package pack
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"encoding/binary"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -35,9 +37,17 @@ const (
 	DigestAnnotation = "lazuli.pack.digest" // of the pack's blob
 	SizeAnnotation   = "lazuli.pack.size"   // of the blob, in bytes
 	MadeAnnotation   = "lazuli.pack.made"   // when, as RFC 3339 in UTC; the newest is taken
-	// OriginAnnotation says what a pack was made of, if that was no recording of this image: it is taken when there is no
-	// other, whatever its age.
+	// CommandAnnotation is a digest of what the image runs: see [Command].
+	CommandAnnotation = "lazuli.pack.command"
+	// OriginAnnotation says what a pack was made of, if not of a recording: it is taken when there is none that was
+	// recorded, whatever its age.
 	OriginAnnotation = "lazuli.pack.origin"
+)
+
+// Values of OriginAnnotation. The number changes when the same image gives another pack than before.
+const (
+	OriginProfile = "profile/1" // of a profile that was given, which may be of another build
+	OriginClosure = "closure/1" // of what an image's command can be seen to need without running it: the least that there is
 )
 
 // Named returns where the annotations of an image's manifest or of a pack's artifact say that the pack's blob is: its digest
@@ -54,12 +64,28 @@ func Named(annotations map[string]string) (v1.Descriptor, bool) {
 // maxPack is how large a pack may be, in bytes.
 const maxPack = 16 << 30
 
+// Tag names the newest pack of any image in a repository. The next build of an image has a digest that no pack refers to, and most
+// of the content of the last one: an image that runs the same command takes that pack.
+const Tag = "lazuli-pack"
+
+// Command returns a name for what an image runs by itself: the SHA-256, in hexadecimal digits, of its entrypoint and then its command, each
+// element behind its length as 8 bytes, little endian, and the number of elements of the entrypoint before all.
+func Command(entrypoint, cmd []string) string {
+	h := sha256.New()
+	binary.Write(h, binary.LittleEndian, uint64(len(entrypoint)))
+	for _, s := range append(append([]string{}, entrypoint...), cmd...) {
+		binary.Write(h, binary.LittleEndian, uint64(len(s)))
+		io.WriteString(h, s)
+	}
+	return hex.EncodeToString(h.Sum(nil))
+}
+
 const (
-	magic      = "LZPACK01"
+	magic      = "LZPACK02"
 	headerSize = 24 // magic 8, tables 4, frames 4, chunks 4, reserved 4
 	tableSize  = 40 // digest 32, length 8
 	frameSize  = 12 // length 4, inflated 4, chunks 4
-	chunkSize  = 12 // object 8, chunk 4
+	chunkSize  = 16 // object 8, chunk 4, size 4
 
 	// An index of the largest size takes 15 MiB, and about three times that in memory.
 	maxTables = 1 << 12
@@ -73,6 +99,7 @@ const (
 type Chunk struct {
 	Object uint64 // the first 8 bytes of the object's key, as a big endian number
 	Index  int    // of the chunk in the object
+	Size   int    // bytes of it, for who does not know the object
 }
 
 // A Table is the place of a layer's table of contents.
@@ -153,7 +180,7 @@ func readIndex(r io.Reader) (*Index, error) {
 	all := make([]Chunk, chunks)
 	for i := range all {
 		b := buf.Next(chunkSize)
-		all[i] = Chunk{binary.BigEndian.Uint64(b), int(le.Uint32(b[8:]))}
+		all[i] = Chunk{binary.BigEndian.Uint64(b), int(le.Uint32(b[8:])), int(le.Uint32(b[12:]))}
 	}
 	for i, n := range counts {
 		x.Frames[i].Chunks, all = all[:n:n], all[n:]
@@ -197,7 +224,7 @@ func (b *Builder) Chunk(key toc.Digest, i int, p []byte) error {
 			return err
 		}
 	}
-	b.chunks = append(b.chunks, Chunk{binary.BigEndian.Uint64(key[:]), i})
+	b.chunks = append(b.chunks, Chunk{binary.BigEndian.Uint64(key[:]), i, len(p)})
 	b.pending = append(b.pending, p...)
 	if len(b.pending) >= frameTarget {
 		return b.flush()
@@ -257,6 +284,7 @@ func (b *Builder) WriteTo(w io.Writer) (int64, error) {
 		for _, c := range f.Chunks {
 			out = binary.BigEndian.AppendUint64(out, c.Object)
 			out = le.AppendUint32(out, uint32(c.Index))
+			out = le.AppendUint32(out, uint32(c.Size))
 		}
 	}
 	n := int64(0)

@@ -54,6 +54,31 @@ func Referrers(ctx context.Context, src Source, digest v1.Hash, artifactType str
 	return found, r.wrap(err)
 }
 
+// Artifact returns the artifact of a type that a tag of the repository names, as a list of referrers would have it; the zero value if
+// there is none. Nothing but the digests of what it names can be relied on.
+func Artifact(ctx context.Context, src Source, tag, artifactType string) (v1.Descriptor, error) {
+	r, ok := src.(*registry)
+	if !ok {
+		return v1.Descriptor{}, nil
+	}
+	var found v1.Descriptor
+	w := &want{what: "artifact " + tag, path: "manifests/" + tag, accept: string(types.OCIManifestSchema1), tag: true}
+	err := r.small(ctx, w, func(raw []byte, _ http.Header) error {
+		var m struct {
+			ArtifactType string            `json:"artifactType"`
+			Annotations  map[string]string `json:"annotations"`
+		}
+		if err := json.Unmarshal(raw, &m); err != nil {
+			return fmt.Errorf("%s: %w", w.what, err)
+		}
+		if m.ArtifactType == artifactType {
+			found = v1.Descriptor{MediaType: types.OCIManifestSchema1, Size: int64(len(raw)), Digest: sum(raw), ArtifactType: m.ArtifactType, Annotations: m.Annotations}
+		}
+		return nil
+	})
+	return found, r.wrap(r.none(ctx, w, err))
+}
+
 // referrers returns one of the lists. Registries that do not know of it say so in many ways, with a page for people too: what is neither
 // an outage nor a matter of credentials means that there is none.
 func (r *registry) referrers(ctx context.Context, w *want) ([]v1.Descriptor, error) {
@@ -74,11 +99,16 @@ func (r *registry) referrers(ctx context.Context, w *want) ([]v1.Descriptor, err
 		}
 		return nil
 	})
+	return list, r.none(ctx, w, err)
+}
+
+// none takes an error for an answer, unless it is an outage or a matter of credentials.
+func (r *registry) none(ctx context.Context, w *want, err error) error {
 	var outage *transient
 	var refused *denied
-	if err != nil && ctx.Err() == nil && !errors.As(err, &outage) && !errors.As(err, &refused) {
-		r.log.Debug("no referrers", "what", w.what, "error", err)
-		err = nil
+	if err == nil || ctx.Err() != nil || errors.As(err, &outage) || errors.As(err, &refused) {
+		return err
 	}
-	return list, err
+	r.log.Debug("no artifact", "what", w.what, "error", err)
+	return nil
 }

@@ -51,14 +51,15 @@ type packedTable struct {
 	data []byte        // unverified; nil if it did not come
 }
 
-// Startup begins to look for the startup pack of the manifest with a digest, in the repository that ref names. The caller closes it.
-func (n *Node) Startup(ref remote.Reference, digest v1.Hash) *Startup {
+// Startup begins to look for the startup pack of the manifest with a digest, in the repository that ref names. image returns the image when
+// it is known. The caller closes the Startup.
+func (n *Node) Startup(ref remote.Reference, digest v1.Hash, image func(context.Context) (*remote.Image, error)) *Startup {
 	src, err := n.source(ref)
 	if err != nil { // who asks for the image hears of it
 		src = nil
 	}
 	s := n.newStartup()
-	s.begin(src, digest, v1.Descriptor{})
+	s.begin(src, digest, v1.Descriptor{}, image)
 	return s
 }
 
@@ -90,12 +91,12 @@ func (n *Node) startupOf(src remote.Source, image *remote.Image, took time.Durat
 		}
 		s.watch(took)
 	}
-	s.begin(src, image.Digest, named)
+	s.begin(src, image.Digest, named, func(context.Context) (*remote.Image, error) { return image, nil })
 	return s
 }
 
 // begin looks for the pack, or takes the one that is named, and reads it up to its first frame.
-func (s *Startup) begin(src remote.Source, digest v1.Hash, named v1.Descriptor) {
+func (s *Startup) begin(src remote.Source, digest v1.Hash, named v1.Descriptor, image func(context.Context) (*remote.Image, error)) {
 	s.work.Go(func() {
 		defer close(s.ready)
 		defer s.noMore()
@@ -110,7 +111,7 @@ func (s *Startup) begin(src remote.Source, digest v1.Hash, named v1.Descriptor) 
 		}
 		if errors.Is(s.err, remote.ErrNotFound) { // the image was copied without it, or names none
 			s.noMore()
-			if s.blob, s.err = findPack(s.ctx, src, digest); s.blob != nil {
+			if s.blob, s.err = s.find(src, digest, image); s.blob != nil {
 				body, s.err = s.blob.Range(s.ctx, 0, s.blob.Size())
 			}
 		}
@@ -246,30 +247,71 @@ func (s *Startup) watch(rtt time.Duration) {
 	})
 }
 
-// findPack returns the newest startup pack that refers to a manifest, or nil.
-func findPack(ctx context.Context, src remote.Source, digest v1.Hash) (remote.Blob, error) {
-	list, err := remote.Referrers(ctx, src, digest, pack.MediaType)
-	best, ok := newestPack(list)
-	if !ok {
-		return nil, err
+// find returns the newest startup pack that refers to a manifest. If none was recorded, or given as a profile, the newest of the
+// repository goes before it, if that is of an image that runs the same command. It is nil if there is no pack.
+func (s *Startup) find(src remote.Source, digest v1.Hash, image func(context.Context) (*remote.Image, error)) (remote.Blob, error) {
+	ctx := s.ctx
+	var last v1.Descriptor
+	var lastErr error
+	both := make(chan struct{})
+	s.work.Go(func() {
+		defer close(both)
+		last, lastErr = remote.Artifact(ctx, src, pack.Tag, pack.MediaType)
+	})
+	list, listErr := remote.Referrers(ctx, src, digest, pack.MediaType)
+	best, rank := newestPack(list)
+	if rank > guessed {
+		return src.Blob(best), nil
+	}
+	<-both
+	other, otherRank := newestPack([]v1.Descriptor{last})
+	if otherRank > rank {
+		var config *v1.ConfigFile
+		i, err := image(ctx)
+		if err == nil {
+			config, _, err = i.Config(ctx)
+		}
+		if err == nil && pack.Command(config.Config.Entrypoint, config.Config.Cmd) == last.Annotations[pack.CommandAnnotation] {
+			return src.Blob(other), nil
+		}
+		lastErr = err
+	}
+	if rank == noPack {
+		return nil, errors.Join(listErr, lastErr)
 	}
 	return src.Blob(best), nil
 }
 
-// newestPack returns the blob of the pack that was made last, of those whose annotations say where it is. One that was recorded
-// comes before those that were not.
-func newestPack(list []v1.Descriptor) (best v1.Descriptor, ok bool) {
+// What a pack was made of, the best last.
+const (
+	noPack = iota
+	guessed
+	given
+	measured
+)
+
+// newestPack returns the blob of the best pack, and of those as good the one that was made last, of those whose annotations say where
+// it is.
+func newestPack(list []v1.Descriptor) (best v1.Descriptor, rank int) {
 	var made time.Time
-	recorded := false
 	for _, d := range list {
-		blob, named := pack.Named(d.Annotations)
+		blob, ok := pack.Named(d.Annotations)
+		if !ok {
+			continue
+		}
+		is := guessed
+		switch origin := d.Annotations[pack.OriginAnnotation]; origin {
+		case "":
+			is = measured
+		case pack.OriginProfile:
+			is = given
+		}
 		at, _ := time.Parse(time.RFC3339, d.Annotations[pack.MadeAnnotation]) // who does not say it comes last
-		was := d.Annotations[pack.OriginAnnotation] == ""
-		if named && (!ok || was && !recorded || was == recorded && at.After(made)) {
-			best, made, recorded, ok = blob, at, was, true
+		if is > rank || is == rank && at.After(made) {
+			best, made, rank = blob, at, is
 		}
 	}
-	return best, ok
+	return best, rank
 }
 
 // into puts the pack, if there is one, into the store, for layers that were added to the queue.

@@ -68,21 +68,31 @@ func TestLineClock(t *testing.T) {
 
 // TestReport: runs that do not count are said to exist, and are in no number.
 func TestReport(t *testing.T) {
-	p := &plan{Images: []image{{Name: "py"}}, Links: []link{{Name: "bare"}}, Runs: 4, Mode: cold, Out: t.TempDir()}
-	r := newReport(p, []*system{systemOf("lazuli")})
+	p := &plan{Images: []image{{Name: "py"}}, Links: []link{{Name: "bare"}}, Runs: 4, Modes: []string{cold}, Out: t.TempDir()}
+	r, err := newReport(p, []*system{systemOf("lazuli"), systemOf("stargz"), systemOf("overlayfs")})
+	if err != nil {
+		t.Fatal(err)
+	}
 	for _, ready := range []float64{4, 2, 3} {
-		if err := r.add(&Run{Image: "py", Link: "bare", System: "lazuli", Ready: ready, Exit: 5}, nil); err != nil {
+		if err := r.add(&Run{Image: "py", Link: "bare", Mode: cold, System: "lazuli", Ready: ready, Exit: 5}, nil); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if err := r.add(&Run{Image: "py", Link: "bare", System: "lazuli", Ready: 77, Void: "not cold"}, nil); err != nil {
-		t.Fatal(err)
+	for _, run := range []*Run{
+		{System: "lazuli", Ready: 77, Void: "not cold"},
+		{System: "stargz", Ready: 6},
+		{System: "overlayfs", Ready: 88, Void: "it took longer"},
+	} {
+		run.Image, run.Link, run.Mode = "py", "bare", cold
+		if err := r.add(run, nil); err != nil {
+			t.Fatal(err)
+		}
 	}
 	var text strings.Builder
 	if err := r.print(&text); err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []string{"3, 1 void", "3.00 (2.00–4.00)"} {
+	for _, want := range []string{"3, 1 void", "3.00 (2.00–4.00)", "0.50", "missed\n", "no run counts"} {
 		if !strings.Contains(text.String(), want) {
 			t.Errorf("no %q in\n%s", want, text.String())
 		}

@@ -16,7 +16,7 @@ import (
 
 // Programs are paths of what is measured.
 type Programs struct {
-	Lazuli, Containerd, Ctr, Peers string
+	Lazuli, Containerd, Ctr, Peers, Read string
 }
 
 // need says what is missing on this machine.
@@ -72,12 +72,15 @@ func build(ctx context.Context, cache, lazuli string) (p Programs, err error) {
 	}
 	say("building")
 	bin := filepath.Join(cache, "bench", "bin")
-	p.Lazuli, p.Peers = filepath.Join(bin, "lazuli"), filepath.Join(bin, "peers")
+	p.Lazuli, p.Peers, p.Read = filepath.Join(bin, "lazuli"), filepath.Join(bin, "peers"), filepath.Join(bin, "read")
 	static := func(dir, output, pkg string) error {
 		return run(ctx, "env", "CGO_ENABLED=0", "go", "build", "-C", dir, "-trimpath", "-buildvcs=false", "-ldflags", "-s -w", "-o", output, pkg)
 	}
 	err = locked(bin+".lock", func() error {
 		err := static(filepath.Join(root, "integration", "peers"), p.Peers, ".")
+		if err == nil {
+			err = static(root, p.Read, "./integration/bench/read")
+		}
 		if err == nil && lazuli == "" {
 			err = static(root, p.Lazuli, "./cmd/lazuli")
 		}

@@ -93,8 +93,9 @@ var (
 	lazy     = &form{"lazuli", func(w *world) string { return w.Lazuli }, func(ctx context.Context, w *world, im image, dst string) error {
 		return run(ctx, w.Lazuli, "--root", filepath.Join(w.Work, "convert"), "convert", "--quiet", "oci:"+im.Dir, "oci:"+dst)
 	}}
-	packed = &form{name: "lazuli-pack"} // lazy, and with a pack in the registry
-	stargz = &form{"stargz", func(w *world) string { return w.Peers }, func(ctx context.Context, w *world, im image, dst string) error {
+	packed  = &form{name: "lazuli-pack"}                                                 // lazy, and with a pack in the registry
+	rebuilt = &form{"rebuilt", func(*world) string { return "/proc/self/exe" }, rebuild} // made lazy, it lies beside packed
+	stargz  = &form{"stargz", func(w *world) string { return w.Peers }, func(ctx context.Context, w *world, im image, dst string) error {
 		return run(ctx, w.Peers, "stargz-convert", im.Dir, dst)
 	}}
 	stargzOptimized = &form{"stargz-opt", stargz.program, func(ctx context.Context, w *world, im image, dst string) error {
@@ -113,8 +114,16 @@ var (
 // prepare has the image in the registry in a form, and returns its reference.
 func (w *world) prepare(ctx context.Context, im image, f *form) (string, error) {
 	ref := registryHost + "/" + f.name + "/" + im.Name + ":latest"
+	if f == rebuilt {
+		ref = registryHost + "/" + packed.name + "/" + im.Name + ":rebuilt"
+	}
 	if w.prepared[ref] {
 		return ref, nil
+	}
+	if f == rebuilt {
+		if _, err := w.prepare(ctx, im, packed); err != nil {
+			return "", err
+		}
 	}
 	dir, err := w.converted(ctx, im, f)
 	if err != nil {
@@ -135,17 +144,7 @@ func (w *world) prepare(ctx context.Context, im image, f *form) (string, error) 
 	if f != packed {
 		return ref, nil
 	}
-	say("profiling %s", im.Name)
-	// A configuration of its own, as this machine may have a daemon.
-	config := filepath.Join(w.Work, "profile.toml")
-	if err := os.WriteFile(config, fmt.Appendf(nil, "socket = %q\n", filepath.Join(w.Work, "none.sock")), 0o644); err != nil {
-		return "", err
-	}
-	if err := run(ctx, w.Lazuli, "--root", filepath.Join(w.Work, "profile"), "--config", config, "profile", "--push", ref); err != nil {
-		return "", err
-	}
-	w.packs[im.Name], err = w.pack(ctx, to.Context(), pushed)
-	return ref, err
+	return ref, w.profile(ctx, im, to, pushed, dir)
 }
 
 // past returns what it takes to reach the registry past the link.
@@ -153,47 +152,22 @@ func (w *world) past(ctx context.Context) []remote.Option {
 	return []remote.Option{remote.WithContext(ctx), remote.WithTransport(&http.Transport{DialContext: w.registry.dial})}
 }
 
-// pack returns the path of the startup pack in the registry: the largest blob of what refers to the image.
-func (w *world) pack(ctx context.Context, repo name.Repository, img v1.Image) (string, error) {
-	digest, err := img.Digest()
-	if err != nil {
-		return "", err
-	}
-	referrers, err := remote.Referrers(repo.Digest(digest.String()), w.past(ctx)...)
-	if err != nil {
-		return "", err
-	}
-	list, err := referrers.IndexManifest()
-	if err != nil {
-		return "", err
-	}
-	var largest v1.Descriptor
-	for _, d := range list.Manifests {
-		artifact, err := remote.Image(repo.Digest(d.Digest.String()), w.past(ctx)...)
-		if err != nil {
+// converted returns the layout of the image in a form. What is made stays in the cache, until the image or the program that converts it is another.
+func (w *world) converted(ctx context.Context, im image, f *form) (dir string, err error) {
+	switch f {
+	case packed:
+		f = lazy
+	case rebuilt:
+		if im.Dir, err = w.made(ctx, im, f); err != nil {
 			return "", err
 		}
-		m, err := artifact.Manifest()
-		if err != nil {
-			return "", err
-		}
-		for _, l := range m.Layers {
-			if l.Size > largest.Size {
-				largest = l
-			}
-		}
+		im.Name, f = im.Name+"-"+f.name, lazy
 	}
-	if largest.Size == 0 {
-		return "", fmt.Errorf("nothing in the registry refers to %s", digest)
-	}
-	return "/v2/" + repo.RepositoryStr() + "/blobs/" + largest.Digest.String(), nil
+	return w.made(ctx, im, f)
 }
 
-// converted returns the layout of the image in a form. It stays in the cache, until the image or the program that converts it is another.
-func (w *world) converted(ctx context.Context, im image, f *form) (dir string, err error) {
-	if f == packed {
-		f = lazy
-	}
+// made returns what a form's function makes of an image.
+func (w *world) made(ctx context.Context, im image, f *form) (dir string, err error) {
 	if f.convert == nil {
 		return im.Dir, nil
 	}

@@ -4,7 +4,8 @@
 //	go run ./integration/bench -n 5 -out DIR
 //
 // It needs root, Linux, Go, iproute2, docker-registry and runc, and what the images are built with. In DIR it leaves bench.txt
-// (medians, minima and maxima), bench.json (every run, with every request) and bench.svg.
+// (medians, minima and maxima, and how they compare with what is wanted), bench.json (every run, with every request), bench.svg, and
+// timelines, a text for each run: what was asked for when, and what the job said.
 //
 // # What is measured
 //
@@ -16,6 +17,9 @@
 //
 // The registry is docker-registry with its files in memory: what is slow is the link. A proxy before it counts requests and the bytes
 // of bodies, which are all that is between the registry and the link.
+//
+// Modes say what else there is than the cold start of the image's own job: see modes in measure.go. With several of them in one
+// run of the program, goals that compare them are computed too.
 //
 // A run counts only if it was cold and did its work: the job said what it says when it is done, and a system that fetches everything
 // fetched as much as the layers have; one that fetched nothing found it somewhere.
@@ -37,7 +41,6 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
-	"slices"
 	"strings"
 	"time"
 
@@ -49,7 +52,7 @@ type plan struct {
 	Images  []image
 	Links   []link
 	Systems []string
-	Mode    string
+	Modes   []string
 	Runs    int
 	Timeout time.Duration
 	Out     string // folder of the results
@@ -93,18 +96,18 @@ func start() error {
 	for _, s := range systems {
 		names = append(names, s.Name)
 	}
-	imageNames := flag.String("image", "py", "images: `py` (built if it is not there), or NAME=DIR[=READY] for an OCI layout whose job says READY; spaces between them")
+	imageNames := flag.String("image", "py", "images: `py` or ros (built if they are not there), or NAME=DIR[=READY] for an OCI layout whose job says READY; spaces between them")
 	links := flag.String("links", "bare 20ms,1000 80ms,100", "`links`: bare, or RTT,MBIT; spaces between them")
 	systemNames := flag.String("systems", strings.Join(names, " "), "`systems`, spaces between them")
-	mode := flag.String("mode", "cold", "what is measured: "+strings.Join(modes, ", "))
-	n := flag.Int("n", 5, "`runs` of each system on each link")
+	modeNames := flag.String("mode", cold, "`modes`: what is measured, each with the systems that it makes sense for: "+strings.Join(modes, " ")+"; density is all that begin with read")
+	n := flag.Int("n", 5, "`runs` of each system on each link in each mode")
 	timeout := flag.Duration("timeout", 3*time.Minute, "a run that takes longer is ended and does not count")
 	out := flag.String("out", "", "`folder` of the results (default: bench in Lazuli's cache folder)")
 	program := flag.String("lazuli", "", "measure this `program` (default: lazuli as it is built now)")
 	flag.Usage = func() {
 		fmt.Fprint(flag.CommandLine.Output(), usage)
 		for _, s := range systems {
-			fmt.Fprintf(flag.CommandLine.Output(), "  %-12s %s\n", s.Name, s.What)
+			fmt.Fprintf(flag.CommandLine.Output(), "  %-15s %s\n", s.Name, s.What)
 		}
 		fmt.Fprintln(flag.CommandLine.Output(), "\nFlags:")
 		flag.PrintDefaults()
@@ -118,15 +121,13 @@ func start() error {
 	if *out == "" {
 		*out = filepath.Join(cache, "bench")
 	}
-	p := &plan{Mode: *mode, Runs: *n, Timeout: *timeout, Cache: cache}
+	p := &plan{Runs: *n, Timeout: *timeout, Cache: cache}
 	if p.Out, err = filepath.Abs(*out); err != nil {
 		return err
 	}
 	switch {
 	case flag.NArg() > 0:
 		return fmt.Errorf("%q: want flags only, see -help", flag.Args())
-	case !slices.Contains(modes, p.Mode):
-		return fmt.Errorf("-mode %s: there are %s", p.Mode, strings.Join(modes, ", "))
 	case p.Runs < 1:
 		return fmt.Errorf("-n %d: want at least 1", p.Runs)
 	}
@@ -135,6 +136,9 @@ func start() error {
 			return fmt.Errorf("-systems: there is no %s: there are %s", name, strings.Join(names, ", "))
 		}
 		p.Systems = append(p.Systems, name)
+	}
+	if p.Modes, err = parseModes(*modeNames); err != nil {
+		return err
 	}
 	for s := range strings.FieldsSeq(*links) {
 		l, err := parseLink(s)
@@ -150,8 +154,8 @@ func start() error {
 		}
 		p.Images = append(p.Images, im)
 	}
-	if len(p.Images)*len(p.Links)*len(p.Systems) == 0 {
-		return errors.New("nothing to measure: -image, -links and -systems want one name each at least")
+	if len(p.Images)*len(p.Links)*len(p.Systems)*len(p.Modes) == 0 {
+		return errors.New("nothing to measure: -image, -links, -systems and -mode want one name each at least")
 	}
 	if err := need(); err != nil {
 		return err

@@ -11,6 +11,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -21,11 +24,38 @@ import (
 // What is measured in a run.
 const (
 	cold   = "cold"   // pull and run, on a node that has nothing
-	second = "second" // run, on a node on which the same job has run before
+	second = "second" // run, on a node on which the same job has run before, once nothing more is fetched
+	again  = "again"  // the same, at once
 	twenty = "twenty" // pull, and run twenty containers at once; the times are of the last of them
+	// pull and run a job that reads so many percent of the image's bytes of files instead of the image's own; it is ready when it has read them
+	read = "read"
 )
 
-var modes = []string{cold, second, twenty}
+var modes = []string{cold, second, again, twenty, read + "5", read + "10", read + "25", read + "50", read + "100"}
+
+func parseModes(s string) (list []string, err error) {
+	for m := range strings.FieldsFuncSeq(s, separator) {
+		switch {
+		case m == "density":
+			for _, m := range modes {
+				if share(m) > 0 {
+					list = append(list, m)
+				}
+			}
+		case slices.Contains(modes, m):
+			list = append(list, m)
+		default:
+			return nil, fmt.Errorf("-mode %s: there are %s, and density for all that begin with %s", m, strings.Join(modes, ", "), read)
+		}
+	}
+	return list, nil
+}
+
+// share returns how many percent of an image a mode reads, 0 if it is not for that.
+func share(mode string) int {
+	n, _ := strconv.Atoi(strings.TrimPrefix(mode, read))
+	return n
+}
 
 // A Run is what came out of one. Times are in seconds since its start.
 type Run struct {
@@ -41,14 +71,22 @@ type Run struct {
 	Ready float64 `json:"ready"` // the line that says that the job is ready
 	Exit  float64 `json:"exit"`  // ctr run has ended
 
-	Bytes      int64   `json:"bytes"`      // of answers that the registry has sent until then
-	Needed     int64   `json:"needed"`     // bytes of files that reads have waited for; -1 if the system does not tell
-	CPU        float64 `json:"cpu"`        // seconds, of everything from ctr to the job
-	Overhead   float64 `json:"overhead"`   // of those, without what ran in containers; 0 if that is not known
-	Daemon     int64   `json:"daemon"`     // most bytes of memory of the snapshotter, or of lazuli run; 0 if there is none
-	Containerd int64   `json:"containerd"` // and of containerd
+	Bytes      int64    `json:"bytes"`          // of answers that the registry has sent until then
+	Needed     int64    `json:"needed"`         // bytes of files that reads have waited for; -1 if the system does not tell
+	CPU        float64  `json:"cpu"`            // seconds, of everything from ctr to the job
+	Overhead   float64  `json:"overhead"`       // of those, without what ran in containers; 0 if that is not known
+	Daemon     int64    `json:"daemon"`         // most bytes of memory of the snapshotter, or of lazuli run; 0 if there is none
+	Containerd int64    `json:"containerd"`     // and of containerd
+	Pack       *packUse `json:"pack,omitempty"` // nil if the image has no startup pack of its own
+	Phases     []mark   `json:"phases,omitempty"`
 	// Requests to the registry; those that have no end yet were under way.
 	Requests []request `json:"requests"`
+}
+
+// A mark is when a phase of a run ended, as the system itself says.
+type mark struct {
+	What string  `json:"what"`
+	At   float64 `json:"at"`
 }
 
 // A world is where runs happen.
@@ -56,17 +94,17 @@ type world struct {
 	*plan
 	network  *network
 	registry *registry
-	all, own cgroup            // of everything, and of everything but containers
-	mounts   []mount           // those of before the first run
-	nodes    int               // how many there were
-	prepared map[string]bool   // references of images that are in the registry
-	packs    map[string]string // paths of images' startup packs
-	jobs     map[string]*job   // by image
+	all, own cgroup                  // of everything, and of everything but containers
+	mounts   []mount                 // those of before the first run
+	nodes    int                     // how many there were
+	prepared map[string]bool         // references of images that are in the registry
+	packs    map[string]*startupPack // by image
+	jobs     map[string]*job         // by image
 }
 
 // newWorld makes it, in fresh namespaces.
 func newWorld(p *plan) (*world, error) {
-	w := &world{plan: p, prepared: map[string]bool{}, packs: map[string]string{}, jobs: map[string]*job{}}
+	w := &world{plan: p, prepared: map[string]bool{}, packs: map[string]*startupPack{}, jobs: map[string]*job{}}
 	module, err := os.Getwd()
 	if err != nil {
 		return nil, err
@@ -99,8 +137,7 @@ func (w *world) measure(ctx context.Context) error {
 			say("%s is left out: %s", name, why)
 			continue
 		}
-		if w.Mode != cold && (s.snapshotter == "" || s.snapshotter == "floor") {
-			say("%s is left out: it is for mode %s", name, cold)
+		if !slices.ContainsFunc(w.Modes, s.fits) {
 			continue
 		}
 		for _, im := range w.Images {
@@ -114,29 +151,45 @@ func (w *world) measure(ctx context.Context) error {
 		}
 		list = append(list, s)
 	}
-	if len(list) == 0 {
-		return errors.New("no system is left")
+	for _, im := range w.Images {
+		for _, mode := range w.Modes {
+			if percent := share(mode); percent > 0 {
+				if _, err := w.list(ctx, im, percent); err != nil {
+					return err
+				}
+			}
+		}
 	}
 	var err error
 	if w.mounts, err = mounts(); err != nil {
 		return err
 	}
-	r := newReport(w.plan, list)
+	r, err := newReport(w.plan, list)
+	if err != nil {
+		return err
+	}
+	if r.total == 0 {
+		return errors.New("no system is left")
+	}
 	say("%d runs; %s", r.total, r.remaining())
-	for i := range w.Runs {
+	for range w.Runs {
 		for _, im := range w.Images {
 			for _, l := range w.Links {
 				if err := w.network.shape(ctx, l); err != nil {
 					return err
 				}
-				for _, s := range list {
-					if err := r.add(w.run(ctx, im, l, s)); err != nil {
+				for _, mode := range w.Modes {
+					for _, s := range list {
+						if !s.fits(mode) {
+							continue
+						}
+						if err := r.add(w.run(ctx, im, l, mode, s)); err != nil {
+							return err
+						}
+					}
+					if err := w.clear(len(r.runs) == r.total); err != nil {
 						return err
 					}
-				}
-				last := i == w.Runs-1 && im.Name == w.Images[len(w.Images)-1].Name && l == w.Links[len(w.Links)-1]
-				if err := w.clear(last); err != nil {
-					return err
 				}
 			}
 		}
@@ -156,19 +209,25 @@ func (w *world) clear(last bool) error {
 }
 
 // run makes a node, measures, and takes the node down but for its files.
-func (w *world) run(ctx context.Context, im image, l link, s *system) (*Run, error) {
+func (w *world) run(ctx context.Context, im image, l link, mode string, s *system) (*Run, error) {
 	ctx, cancel := context.WithTimeout(ctx, w.Timeout)
 	defer cancel()
-	result := &Run{Image: im.Name, Link: l.Name, System: s.Name, Mode: w.Mode, Needed: -1}
+	result := &Run{Image: im.Name, Link: l.Name, System: s.Name, Mode: mode, Needed: -1}
 	w.nodes++
 	var n *node
+	var list string
 	ref, err := w.prepare(ctx, im, s.form)
+	if percent := share(mode); err == nil && percent > 0 {
+		list, err = w.list(ctx, im, percent)
+		im.Ready = "READY"
+	}
 	switch {
 	case err != nil:
 	case s.snapshotter == "floor":
 		err = w.floor(ctx, im, result)
 	default:
 		if n, err = w.startNode(s, filepath.Join(w.Work, "n", fmt.Sprint(w.nodes))); err == nil {
+			n.list = list
 			err = n.measure(ctx, im, ref, result)
 		}
 	}
@@ -189,14 +248,18 @@ func (w *world) run(ctx context.Context, im image, l link, s *system) (*Run, err
 func (n *node) measure(ctx context.Context, im image, ref string, result *Run) error {
 	w := n.w
 	jobs := 1
-	if w.Mode == twenty {
+	if result.Mode == twenty {
 		jobs = 20
 	}
-	if w.Mode == second {
+	warm := result.Mode == second || result.Mode == again
+	if warm {
 		if err := n.do(ctx, im, ref, true, 1, &Run{}); err != nil {
 			return err
 		}
-	} else if err := forget(w.Lazuli, w.Ctr, filepath.Dir(w.Containerd)+"/containerd-shim-runc-v2"); err != nil {
+		if result.Mode == second {
+			n.settle()
+		}
+	} else if err := forget(w.Lazuli, w.Ctr, w.Read, filepath.Dir(w.Containerd)+"/containerd-shim-runc-v2"); err != nil {
 		return err
 	}
 	all, err := w.all.seconds()
@@ -204,9 +267,9 @@ func (n *node) measure(ctx context.Context, im image, ref string, result *Run) e
 	if err := errors.Join(err, err2); err != nil {
 		return err
 	}
-	before := n.needed("1")
+	before := n.account("1").needed
 	w.registry.reset(time.Now())
-	if err := n.do(ctx, im, ref, w.Mode != second, jobs, result); err != nil {
+	if err := n.do(ctx, im, ref, !warm, jobs, result); err != nil {
 		return err
 	}
 	result.Requests, result.Bytes = w.registry.traffic()
@@ -222,15 +285,20 @@ func (n *node) measure(ctx context.Context, im image, ref string, result *Run) e
 	if n.containerd != nil {
 		result.Containerd = peak(n.containerd.cmd.Process.Pid)
 	}
-	if result.Needed = n.needed("1"); before > 0 {
+	after := n.account("1")
+	result.Phases = after.phases
+	if result.Needed = after.needed; before > 0 {
 		result.Needed -= before
+	}
+	if p := w.packs[im.Name]; n.s.form == packed && !warm {
+		result.Pack = p.use(result.Requests)
 	}
 	return errors.Join(err, err2, n.wasCold(im, result))
 }
 
 // wasCold says why a run was not cold.
 func (n *node) wasCold(im image, result *Run) error {
-	if n.w.Mode == second {
+	if result.Mode == second || result.Mode == again {
 		return nil
 	}
 	if result.Bytes == 0 {
@@ -265,7 +333,7 @@ func (w *world) floor(ctx context.Context, im image, result *Run) error {
 	}
 	start := time.Now()
 	w.registry.reset(start)
-	req, err := http.NewRequestWithContext(ctx, "GET", "http://"+registryHost+w.packs[im.Name], nil)
+	req, err := http.NewRequestWithContext(ctx, "GET", "http://"+registryHost+w.packs[im.Name].path, nil)
 	if err != nil {
 		return err
 	}

@@ -26,7 +26,7 @@ var phases = []struct {
 	{"until exit", "#d9a441", func(r *Run) float64 { return r.Exit }},
 }
 
-// picture draws, for each image and link, a bar for each system: medians of when the phases ended, and a line from the least to the most of
+// picture draws, for each image, link and mode, a bar for each system: medians of when the phases ended, and a line from the least to the most of
 // "ready".
 func (r *report) picture() []byte {
 	var b bytes.Buffer
@@ -37,7 +37,9 @@ func (r *report) picture() []byte {
 	}
 	for _, im := range r.plan.Images {
 		for _, l := range r.plan.Links {
-			y = r.panel(&b, y, im, l)
+			for _, mode := range r.plan.Modes {
+				y = r.panel(&b, y, im, l, mode)
+			}
 		}
 	}
 	return fmt.Appendf(nil, `<svg xmlns="http://www.w3.org/2000/svg" width="%d" height="%.0f" font-family="sans-serif" font-size="12">
@@ -47,29 +49,30 @@ func (r *report) picture() []byte {
 }
 
 // panel draws the bars of a link below y and returns where the next may begin.
-func (r *report) panel(b *bytes.Buffer, y float64, im image, l link) float64 {
+func (r *report) panel(b *bytes.Buffer, y float64, im image, l link, mode string) float64 {
 	most := 0.0
-	for _, s := range r.systems {
-		list, _ := r.of(im, l, s)
+	systems := r.fitting(mode)
+	for _, s := range systems {
+		list, _ := r.of(im, l, mode, s.Name)
 		for _, run := range list {
 			most = max(most, run.Exit)
 		}
 	}
-	fmt.Fprintf(b, `<text x="%d" y="%.0f" font-weight="bold">%s, link %s, %s</text>`+"\n", nameWidth, y+panelHead-12, im.Name, l.Name, r.plan.Mode)
+	fmt.Fprintf(b, `<text x="%d" y="%.0f" font-weight="bold">%s, link %s, %s</text>`+"\n", nameWidth, y+panelHead-12, im.Name, l.Name, mode)
 	y += panelHead
 	if most == 0 {
 		return y
 	}
 	step := tick(most)
 	scale := (pictureWidth - nameWidth - 60) / most
-	bottom := y + float64(len(r.systems))*(barHeight+barGap)
+	bottom := y + float64(len(systems))*(barHeight+barGap)
 	for i := 0; float64(i)*step <= most; i++ {
 		x := nameWidth + float64(i)*step*scale
 		fmt.Fprintf(b, `<line x1="%.1f" y1="%.0f" x2="%.1f" y2="%.0f" stroke="#ddd"/><text x="%.1f" y="%.0f" text-anchor="middle" fill="#666">%g s</text>`+"\n",
 			x, y-4, x, bottom, x, bottom+14, float64(i)*step)
 	}
-	for _, s := range r.systems {
-		list, void := r.of(im, l, s)
+	for _, s := range systems {
+		list, void := r.of(im, l, mode, s.Name)
 		fmt.Fprintf(b, `<text x="%d" y="%.0f" text-anchor="end">%s</text>`+"\n", nameWidth-8, y+barHeight-5, s.Name)
 		if len(list) == 0 {
 			note := "not yet"

@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -125,4 +127,58 @@ func opened(events int, root string) (list []string, err error) {
 			}
 		}
 	}
+}
+
+// list returns the name of a file with a list of files of an image for the program read, which have so many percent of the bytes of all: which
+// ones is a matter of their paths' hashes, and their order is that of a walk.
+func (w *world) list(ctx context.Context, im image, percent int) (string, error) {
+	name := filepath.Join(w.Work, fmt.Sprintf("%s.%d.list", im.Name, percent))
+	if _, err := os.Stat(name); err == nil {
+		return name, nil
+	}
+	j, err := w.unpack(ctx, im)
+	if err != nil {
+		return "", err
+	}
+	if len(j.config.Entrypoint) > 0 {
+		return "", fmt.Errorf("image %s has an entrypoint, in the place of which no other job can be run: leave out the modes %s", im.Name, read)
+	}
+	sizes := map[string]int64{}
+	inodes := map[uint64]bool{}
+	var total int64
+	err = filepath.WalkDir(j.root, func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		path = strings.TrimPrefix(path, j.root)
+		if d.IsDir() && slices.Contains([]string{"/proc", "/sys", "/dev", "/run", "/tmp"}, path) { // in a container they are others
+			return fs.SkipDir
+		}
+		if !d.Type().IsRegular() || strings.Contains(path, "\n") {
+			return nil
+		}
+		fi, err := d.Info()
+		if err != nil {
+			return err
+		}
+		if ino := fi.Sys().(*syscall.Stat_t).Ino; fi.Size() > 0 && !inodes[ino] {
+			inodes[ino] = true
+			sizes[path] = fi.Size()
+			total += fi.Size()
+		}
+		return nil
+	})
+	if err != nil {
+		return "", err
+	}
+	paths := slices.Collect(maps.Keys(sizes))
+	byHash(paths)
+	var sum int64
+	n := 0
+	for ; n < len(paths) && sum < total*int64(percent)/100; n++ {
+		sum += sizes[paths[n]]
+	}
+	paths = paths[:n]
+	slices.SortFunc(paths, func(a, b string) int { return slices.Compare(strings.Split(a, "/"), strings.Split(b, "/")) })
+	return name, os.WriteFile(name, fmt.Appendf(nil, "%d\n%s\n", sum, strings.Join(paths, "\n")), 0o644)
 }

@@ -20,12 +20,27 @@ type report struct {
 	runs    []*Run
 	total   int
 	started time.Time
-	took    map[string][]float64 // seconds of runs with everything around them, by link and system
+	took    map[string][]float64 // seconds of runs with everything around them, by link, mode and system
 	last    time.Time
 }
 
-func newReport(p *plan, list []*system) *report {
-	return &report{plan: p, systems: list, total: p.Runs * len(p.Images) * len(p.Links) * len(list), started: time.Now(), took: map[string][]float64{}, last: time.Now()}
+func newReport(p *plan, list []*system) (*report, error) {
+	r := &report{plan: p, systems: list, started: time.Now(), took: map[string][]float64{}, last: time.Now()}
+	for _, mode := range p.Modes {
+		r.total += p.Runs * len(p.Images) * len(p.Links) * len(r.fitting(mode))
+	}
+	dir := filepath.Join(p.Out, "timelines")
+	return r, errors.Join(os.RemoveAll(dir), os.MkdirAll(dir, 0o755))
+}
+
+// fitting returns the systems that a mode makes sense for.
+func (r *report) fitting(mode string) (list []*system) {
+	for _, s := range r.systems {
+		if s.fits(mode) {
+			list = append(list, s)
+		}
+	}
+	return list
 }
 
 // add takes note of a run.
@@ -35,7 +50,7 @@ func (r *report) add(run *Run, err error) error {
 	}
 	r.runs = append(r.runs, run)
 	now := time.Now()
-	key := run.Link + " " + run.System
+	key := run.Link + " " + run.Mode + " " + run.System
 	r.took[key] = append(r.took[key], now.Sub(r.last).Seconds())
 	r.last = now
 	what := fmt.Sprintf("pull %.2f, first line %.2f, ready %.2f, exit %.2f s; %d requests, %.1f MB", run.Pull, run.First, run.Ready, run.Exit, len(run.Requests), mb(run.Bytes))
@@ -43,24 +58,27 @@ func (r *report) add(run *Run, err error) error {
 		why, _, _ := strings.Cut(run.Void, "\n") // with logs after it, which are in bench.json
 		what = "does not count: " + why
 	}
-	say("%d/%d  %s  %s  %s: %s; %s", len(r.runs), r.total, run.Image, run.Link, run.System, what, r.remaining())
-	return r.write()
+	say("%d/%d  %s  %s  %s  %s: %s; %s", len(r.runs), r.total, run.Image, run.Link, run.Mode, run.System, what, r.remaining())
+	count, void := r.of(image{Name: run.Image}, link{Name: run.Link}, run.Mode, run.System)
+	return errors.Join(r.write(), run.writeTimeline(filepath.Join(r.plan.Out, "timelines"), len(count)+void))
 }
 
 // remaining says how long the rest will take: for what has been measured what it took, for the rest a guess, of an image of 300 MB.
 func (r *report) remaining() string {
 	var rest float64
 	for _, l := range r.plan.Links {
-		for _, s := range r.systems {
-			left := r.plan.Runs * len(r.plan.Images)
-			took := r.took[l.Name+" "+s.Name]
-			guess := guess(l, s)
-			if len(took) > 0 {
-				guess = median(took)
+		for _, mode := range r.plan.Modes {
+			for _, s := range r.fitting(mode) {
+				left := r.plan.Runs * len(r.plan.Images)
+				took := r.took[l.Name+" "+mode+" "+s.Name]
+				guess := guess(l, s)
+				if len(took) > 0 {
+					guess = median(took)
+				}
+				rest += guess * float64(left-len(took))
 			}
-			rest += guess * float64(left-len(took))
+			rest += 10 * float64(r.plan.Runs*len(r.plan.Images)) // for deleting what was
 		}
-		rest += 10 * float64(r.plan.Runs*len(r.plan.Images)) // for deleting what was
 	}
 	left := r.total - len(r.runs)
 	if left == 0 {
@@ -135,9 +153,9 @@ func known(f float64) float64 {
 func mb(bytes int64) float64 { return float64(bytes) / 1e6 }
 
 // of returns the runs of a system that count, and how many do not.
-func (r *report) of(im image, l link, s *system) (list []*Run, void int) {
+func (r *report) of(im image, l link, mode, system string) (list []*Run, void int) {
 	for _, run := range r.runs {
-		if run.Image == im.Name && run.Link == l.Name && run.System == s.Name {
+		if run.Image == im.Name && run.Link == l.Name && run.Mode == mode && run.System == system {
 			if run.Void != "" {
 				void++
 			} else {
@@ -148,37 +166,48 @@ func (r *report) of(im image, l link, s *system) (list []*Run, void int) {
 	return list, void
 }
 
-// print writes a table for each image and link.
+// print writes a table for each image, link and mode, and then the goals.
 func (r *report) print(out io.Writer) error {
 	for _, im := range r.plan.Images {
 		for _, l := range r.plan.Links {
-			fmt.Fprintf(out, "%s, link %s, %s: median (least–most)\n", im.Name, l.Name, r.plan.Mode)
-			w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
-			fmt.Fprint(w, "system\truns")
-			for _, c := range columns {
-				fmt.Fprint(w, "\t", c.title)
-			}
-			fmt.Fprintln(w)
-			for _, s := range r.systems {
-				list, void := r.of(im, l, s)
-				fmt.Fprintf(w, "%s\t%d", s.Name, len(list))
-				if void > 0 {
-					fmt.Fprintf(w, ", %d void", void)
+			for _, mode := range r.plan.Modes {
+				if err := r.table(out, im, l, mode); err != nil {
+					return err
 				}
-				for _, c := range columns {
-					fmt.Fprint(w, "\t", c.cell(list))
-				}
-				fmt.Fprintln(w)
 			}
-			if err := w.Flush(); err != nil {
-				return err
-			}
-			if _, err := fmt.Fprintln(out); err != nil {
+		}
+	}
+	for _, im := range r.plan.Images {
+		for _, l := range r.plan.Links {
+			if err := r.printGoals(out, im, l); err != nil {
 				return err
 			}
 		}
 	}
 	return nil
+}
+
+func (r *report) table(out io.Writer, im image, l link, mode string) error {
+	fmt.Fprintf(out, "%s, link %s, %s: median (least–most)\n", im.Name, l.Name, mode)
+	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
+	fmt.Fprint(w, "system\truns")
+	for _, c := range columns {
+		fmt.Fprint(w, "\t", c.title)
+	}
+	fmt.Fprintln(w)
+	for _, s := range r.fitting(mode) {
+		list, void := r.of(im, l, mode, s.Name)
+		fmt.Fprintf(w, "%s\t%d", s.Name, len(list))
+		if void > 0 {
+			fmt.Fprintf(w, ", %d void", void)
+		}
+		for _, c := range columns {
+			fmt.Fprint(w, "\t", c.cell(list))
+		}
+		fmt.Fprintln(w)
+	}
+	fmt.Fprintln(w)
+	return w.Flush()
 }
 
 func (c column) cell(list []*Run) string {

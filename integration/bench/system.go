@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"time"
 )
 
 // A system starts images.
@@ -27,6 +28,8 @@ type system struct {
 var systems = []*system{
 	{"floor", "one GET of the startup pack, and then the job, with all that it reads in memory and without a container: what cannot be beaten", packed, "floor", false},
 	{"lazuli-pack", "Lazuli, the image has a startup pack", packed, "lazuli", false},
+	{"lazuli-rebuilt", "Lazuli, the next build of an image that has a pack: 2 % of the files are others, and it has not been profiled", rebuilt, "lazuli", false},
+	{"lazuli-run-pack", "lazuli run, without daemon and containerd; the image has a startup pack", packed, "", false},
 	{"lazuli", "Lazuli, the image has been converted and never profiled", lazy, "lazuli", false},
 	{"lazuli-run", "lazuli run, without daemon and containerd", lazy, "", false},
 	{"stargz-opt", "stargz-snapshotter, what the job opens comes first in the image and is prefetched", stargzOptimized, "stargz", false},
@@ -43,9 +46,22 @@ func systemOf(name string) *system {
 	return nil
 }
 
+// fits says whether a mode makes sense for the system.
+func (s *system) fits(mode string) bool {
+	switch {
+	case mode == cold:
+		return true
+	case s.snapshotter == "" || s.snapshotter == "floor" || s.form == rebuilt:
+		return false
+	case share(mode) > 0: // what is known of a start is known of another job
+		return s.form != packed && s.form != stargzOptimized
+	}
+	return true
+}
+
 // missing says why a system cannot be measured with what has been built, "" if it can.
 func (s *system) missing(ctx context.Context, w *world) string {
-	if s.form != packed {
+	if s.form != packed && s.form != rebuilt {
 		return ""
 	}
 	verbs, err := output(ctx, w.Lazuli, "--help")
@@ -63,6 +79,7 @@ type node struct {
 	w                  *world
 	s                  *system
 	dir                string
+	list               string   // of files that the job reads; "" if it is the image's own
 	daemon, containerd *process // nil if the system has none
 }
 
@@ -170,27 +187,64 @@ func (n *node) job(ref, id string) *exec.Cmd {
 	if n.s.snapshotter == "" {
 		return n.w.own.command(n.w.Lazuli, n.lazuli("run", "--timeline=json:"+n.timeline(id), ref)...)
 	}
-	return n.w.own.command(n.w.Ctr, n.ctr("run", "--rm", "--snapshotter", n.s.snapshotter, "--runc-root", n.dir+"/runc", "--fifo-dir", n.dir+"/fifo", ref, id)...)
+	args := n.ctr("run", "--rm", "--snapshotter", n.s.snapshotter, "--runc-root", n.dir+"/runc", "--fifo-dir", n.dir+"/fifo")
+	if n.list == "" {
+		return n.w.own.command(n.w.Ctr, append(args, ref, id)...)
+	}
+	for src, dst := range map[string]string{n.w.Read: "/bench-read", n.list: "/bench-list"} {
+		args = append(args, "--mount", "type=bind,src="+src+",dst="+dst+",options=bind:ro")
+	}
+	return n.w.own.command(n.w.Ctr, append(args, ref, id, "/bench-read", "/bench-list")...)
 }
 
 // timeline returns where lazuli run writes what it did.
 func (n *node) timeline(id string) string { return n.dir + "/" + id + ".json" }
 
-// needed returns how many bytes of files reads have waited for, -1 if the system does not tell.
-func (n *node) needed(id string) int64 {
-	var run struct{ BytesNeeded int64 }
-	var status struct{ Fetched struct{ Needed int64 } }
+// An account is what lazuli says of itself.
+type account struct {
+	needed int64 // bytes of files that reads have waited for; -1 if the system does not tell
+	phases []mark
+	busy   bool // something is being fetched
+}
+
+// account asks the daemon, or reads what lazuli run wrote.
+func (n *node) account(id string) account {
+	var run struct {
+		BytesNeeded int64
+		Phases      []struct {
+			Phase string
+			MS    float64
+		}
+	}
+	var status struct {
+		Fetched  struct{ Needed int64 }
+		Fetching []struct{}
+	}
 	switch n.s.snapshotter {
 	case "":
 		if b, err := os.ReadFile(n.timeline(id)); err == nil && json.Unmarshal(b, &run) == nil {
-			return run.BytesNeeded
+			a := account{needed: run.BytesNeeded}
+			for _, p := range run.Phases {
+				a.phases = append(a.phases, mark{"lazuli run: " + p.Phase, p.MS / 1000})
+			}
+			return a
 		}
 	case "lazuli":
 		if b, err := n.ask("/v1/status"); err == nil && json.Unmarshal(b, &status) == nil {
-			return status.Fetched.Needed
+			return account{needed: status.Fetched.Needed, busy: len(status.Fetching) > 0}
 		}
 	}
-	return -1
+	return account{needed: -1}
+}
+
+// settle waits until lazuli has fetched nothing for half a second, but not longer than ten.
+func (n *node) settle() {
+	idle := time.Now()
+	for end := idle.Add(10 * time.Second); time.Since(idle) < time.Second/2 && time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
+		if n.account("").busy {
+			idle = time.Now()
+		}
+	}
 }
 
 // ask asks lazuli's daemon over HTTP.

@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"strconv"
 	"time"
 
@@ -25,22 +26,52 @@ func PushPack(ctx context.Context, ref remote.Reference, image *remote.Image, f 
 	if _, err := io.Copy(sum, io.NewSectionReader(f, 0, size)); err != nil {
 		return v1.Hash{}, err
 	}
-	blob := v1.Descriptor{MediaType: pack.MediaType, Size: size, Digest: v1.Hash{Algorithm: "sha256", Hex: hex.EncodeToString(sum.Sum(nil))}}
 	run, _, err := image.Config(ctx)
 	if err != nil {
 		return v1.Hash{}, err
 	}
+	d, err := newRegistryDest(ctx, ref, &Options{Remote: o})
+	if err != nil {
+		return v1.Hash{}, fmt.Errorf("push the startup pack of %v: %w", ref, err)
+	}
+	defer d.close()
+	digest, err := d.putArtifact(ctx, artifact{
+		subject: v1.Descriptor{MediaType: image.Manifest.MediaType, Size: int64(len(image.RawManifest)), Digest: image.Digest},
+		blob:    v1.Descriptor{MediaType: pack.MediaType, Size: size, Digest: v1.Hash{Algorithm: "sha256", Hex: hex.EncodeToString(sum.Sum(nil))}},
+		notes: map[string]string{
+			pack.MadeAnnotation:    time.Now().UTC().Format(time.RFC3339),
+			pack.CommandAnnotation: pack.Command(run.Config.Entrypoint, run.Config.Cmd),
+		},
+		tag:  true,
+		open: func() (io.ReadCloser, error) { return io.NopCloser(io.NewSectionReader(f, 0, size)), nil },
+	})
+	if err != nil {
+		return v1.Hash{}, fmt.Errorf("push the startup pack of %v: %w", ref, err)
+	}
+	return digest, nil
+}
+
+// An artifact is a startup pack as a registry has it.
+type artifact struct {
+	subject v1.Descriptor // the image's manifest
+	blob    v1.Descriptor
+	open    func() (io.ReadCloser, error)
+	notes   map[string]string // annotations beside those that say where the blob is
+	tag     bool              // it is the one that later builds begin with
+}
+
+// putArtifact brings a startup pack here, unless it is here, and returns the digest of its manifest.
+func (d *registryDest) putArtifact(ctx context.Context, a artifact) (v1.Hash, error) {
 	empty := []byte("{}")
 	// Registries from before artifactType list the config's type in its place.
 	config := v1.Descriptor{MediaType: pack.MediaType, Size: int64(len(empty)), Digest: hashOf(empty)}
 	m := v1.Manifest{
-		SchemaVersion: 2, MediaType: types.OCIManifestSchema1, ArtifactType: pack.MediaType, Config: config, Layers: []v1.Descriptor{blob},
-		Subject: &v1.Descriptor{MediaType: image.Manifest.MediaType, Size: int64(len(image.RawManifest)), Digest: image.Digest},
-		Annotations: map[string]string{
-			pack.DigestAnnotation: blob.Digest.String(), pack.SizeAnnotation: strconv.FormatInt(size, 10), pack.MadeAnnotation: time.Now().UTC().Format(time.RFC3339),
-			pack.CommandAnnotation: pack.Command(run.Config.Entrypoint, run.Config.Cmd),
-		},
+		SchemaVersion: 2, MediaType: types.OCIManifestSchema1, ArtifactType: pack.MediaType, Config: config, Layers: []v1.Descriptor{a.blob},
+		Subject:     &a.subject,
+		Annotations: maps.Clone(a.notes),
 	}
+	m.Annotations[pack.DigestAnnotation] = a.blob.Digest.String()
+	m.Annotations[pack.SizeAnnotation] = strconv.FormatInt(a.blob.Size, 10)
 	if m.Subject.MediaType == "" {
 		m.Subject.MediaType = types.OCIManifestSchema1
 	}
@@ -49,25 +80,26 @@ func PushPack(ctx context.Context, ref remote.Reference, image *remote.Image, f 
 		return v1.Hash{}, err
 	}
 	desc := v1.Descriptor{MediaType: types.OCIManifestSchema1, Size: int64(len(raw)), Digest: hashOf(raw)}
-	d, err := newRegistryDest(ctx, ref, &Options{Remote: o})
-	if err != nil {
-		return v1.Hash{}, fmt.Errorf("push the startup pack of %v: %w", ref, err)
+	ref := d.ref.Context().Digest(desc.Digest.String())
+	if have, err := d.pull.Head(ctx, ref); err == nil && have.Digest == desc.Digest {
+		return desc.Digest, nil
 	}
-	defer d.close()
-	err = d.put(ctx, config, func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(empty)), nil })
-	if err == nil {
-		err = d.put(ctx, blob, func() (io.ReadCloser, error) { return io.NopCloser(io.NewSectionReader(f, 0, size)), nil })
+	if err := d.put(ctx, config, func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(empty)), nil }); err != nil {
+		return v1.Hash{}, err
 	}
-	if err == nil {
-		// Not putManifest, which does not know of referrers.
-		err = d.push.Push(ctx, d.ref.Context().Digest(desc.Digest.String()), manifest{raw, desc.MediaType})
+	if err := d.put(ctx, a.blob, a.open); err != nil {
+		return v1.Hash{}, err
 	}
-	if err == nil {
-		err = d.push.Put(ctx, d.ref.Context().Tag(pack.Tag), manifest{raw, desc.MediaType})
+	// Not putManifest, which does not know of referrers.
+	if err := d.push.Push(ctx, ref, manifest{raw, desc.MediaType}); err != nil {
+		return v1.Hash{}, err
 	}
-	if err != nil {
-		return v1.Hash{}, fmt.Errorf("push the startup pack of %v: %w", ref, err)
+	if a.tag {
+		if err := d.push.Put(ctx, d.ref.Context().Tag(pack.Tag), manifest{raw, desc.MediaType}); err != nil {
+			return v1.Hash{}, err
+		}
 	}
+	d.add(int64(len(raw)))
 	return desc.Digest, nil
 }
 

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"slices"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -32,9 +33,11 @@ func (c *conversion) build(ctx context.Context, n *node) (v1.Descriptor, []byte,
 		return v1.Descriptor{}, nil, fmt.Errorf("manifest %v: %w", n.desc.Digest, err)
 	}
 	if raw == nil {
-		return v1.Descriptor{MediaType: n.desc.MediaType, Digest: n.desc.Digest, Size: int64(len(n.raw))}, n.raw, nil
+		n.out = v1.Descriptor{MediaType: n.desc.MediaType, Digest: n.desc.Digest, Size: int64(len(n.raw))}
+		return n.out, n.raw, nil
 	}
-	return v1.Descriptor{MediaType: typ, Digest: sum(raw), Size: int64(len(raw))}, raw, nil
+	n.out = v1.Descriptor{MediaType: typ, Digest: sum(raw), Size: int64(len(raw))}
+	return n.out, raw, nil
 }
 
 // buildImage returns the manifest of an image with its layers replaced, or nil if all were kept.
@@ -52,7 +55,7 @@ func (c *conversion) buildImage(ctx context.Context, n *node) ([]byte, error) {
 		return nil, fmt.Errorf("config: %w", err)
 	}
 	diffIDs := make([]v1.Hash, len(layers))
-	changed := false
+	changed, replaced := false, false
 	for i, l := range layers {
 		t := c.layers[n.layers[i].Digest]
 		if t == nil || t.desc.MediaType != n.layers[i].MediaType && isTar(t.desc.MediaType) != isTar(n.layers[i].MediaType) {
@@ -61,7 +64,7 @@ func (c *conversion) buildImage(ctx context.Context, n *node) ([]byte, error) {
 		diffIDs[i] = t.diffID
 		switch {
 		case t.outcome == Converted || t.outcome == Reused:
-			changed = true
+			changed, replaced = true, true
 			l.set("mediaType", t.to.MediaType)
 			l.set("digest", t.to.Digest)
 			l.set("size", t.to.Size)
@@ -75,13 +78,27 @@ func (c *conversion) buildImage(ctx context.Context, n *node) ([]byte, error) {
 			}
 		}
 	}
-	if !changed {
-		// Nothing: not even the media types of docker.
-		if err := c.copyBlob(ctx, c.src, was, func(int) {}); err != nil {
-			return nil, fmt.Errorf("config: %w", err)
+	config := n.config
+	if changed {
+		if config, err = c.buildConfig(ctx, n, m, layers, was, diffIDs); err != nil {
+			return nil, err
 		}
-		return nil, nil
+	} else if err := c.copyBlob(ctx, c.src, was, func(int) {}); err != nil {
+		return nil, fmt.Errorf("config: %w", err)
 	}
+	n.lazy, n.config = nil, config
+	for i, l := range n.layers {
+		n.lazy = append(n.lazy, c.layers[l.Digest].lazy(n.layers[i]))
+	}
+	named, err := c.namePack(ctx, n, m, replaced)
+	if err != nil || !changed && !named {
+		return nil, err // nothing changed: not even the media types of docker
+	}
+	return m.bytes()
+}
+
+// buildConfig puts the image's config, with its layers' new diffIDs, to DST, and the layers and it into manifest m.
+func (c *conversion) buildConfig(ctx context.Context, n *node, m object, layers []object, was v1.Descriptor, diffIDs []v1.Hash) ([]byte, error) {
 	// Annotations of layers are OCI's, so all of the image has to be.
 	for i, l := range layers {
 		if to, ok := ociTypes[n.layers[i].MediaType]; ok && !isReplaced(c.layers[n.layers[i].Digest]) {
@@ -107,7 +124,18 @@ func (c *conversion) buildImage(ctx context.Context, n *node) ([]byte, error) {
 	m.set("config", co)
 	m.set("layers", layers)
 	m.set("mediaType", types.OCIManifestSchema1)
-	return m.bytes()
+	return config, nil
+}
+
+// lazy returns the descriptor of what a layer became, with the annotations that say where its table of contents is.
+func (t *layerTask) lazy(was v1.Descriptor) v1.Descriptor {
+	d := t.to
+	d.Annotations = maps.Clone(was.Annotations)
+	if d.Annotations == nil {
+		d.Annotations = map[string]string{}
+	}
+	maps.Copy(d.Annotations, t.to.Annotations)
+	return d
 }
 
 func isReplaced(t *layerTask) bool { return t.outcome == Converted || t.outcome == Reused }

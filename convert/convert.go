@@ -30,6 +30,10 @@ type Result struct {
 	Uploaded int64 `json:"uploaded"`
 	// Missed are the names of the profile that no layer has, or that could not be moved.
 	Missed []string `json:"missed,omitempty"`
+	// Packs are the startup packs that the images have from this conversion.
+	Packs []Pack `json:"packs,omitempty"`
+	// Warnings are lines for the user: what went wrong without making the result a worse image.
+	Warnings []string `json:"warnings,omitempty"`
 }
 
 // Outcome says what became of a layer.
@@ -115,6 +119,7 @@ func Image(ctx context.Context, src, dst remote.Reference, opts Options) (*Resul
 	if err := c.finish(ctx, dst, out, outRaw); err != nil {
 		return nil, err
 	}
+	c.pushPacks(ctx, root)
 	return c.result(out), nil
 }
 
@@ -138,6 +143,9 @@ type conversion struct {
 
 	mu      sync.Mutex
 	profile map[string]bool // names that were put first
+
+	packs    []Pack
+	warnings []string
 }
 
 // A node is a manifest or index of the source.
@@ -147,6 +155,12 @@ type node struct {
 	children []*node // of an index, one per entry; nil for those that are left out
 	config   []byte  // of an image that is to be converted; nil for others, which go over as they are
 	layers   []v1.Descriptor
+
+	// Of what it became:
+	out  v1.Descriptor
+	lazy []v1.Descriptor // the layers of an image; config is the new one then
+	pack *namedPack      // nil if its manifest names none that was made here
+	has  bool            // its manifest names one
 }
 
 // plan reads the manifests below desc and notes what there is to do.
@@ -433,7 +447,7 @@ func (c *conversion) readRange(ctx context.Context, d v1.Descriptor, off, n int6
 }
 
 func (c *conversion) result(root v1.Descriptor) *Result {
-	r := &Result{Digest: root.Digest, MediaType: root.MediaType, Uploaded: c.dst.uploaded(), Layers: []Layer{}}
+	r := &Result{Digest: root.Digest, MediaType: root.MediaType, Uploaded: c.dst.uploaded(), Layers: []Layer{}, Packs: c.packs, Warnings: c.warnings}
 	for _, t := range c.order {
 		r.Layers = append(r.Layers, Layer{t.desc.Digest, t.to.Digest, t.outcome, t.desc.Size, t.to.Size})
 	}

@@ -18,6 +18,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -43,6 +44,8 @@ type dest interface {
 	put(ctx context.Context, desc v1.Descriptor, open func() (io.ReadCloser, error)) error
 	// putManifest brings a manifest here that has no tag. What it names is there.
 	putManifest(ctx context.Context, desc v1.Descriptor, raw []byte) error
+	// blob returns a blob that is here.
+	blob(ctx context.Context, desc v1.Descriptor) (remote.Blob, error)
 	// finish brings the root here and gives it its tag.
 	finish(ctx context.Context, desc v1.Descriptor, raw []byte) error
 	// others returns references of images at the same place that may have layers in common, the likeliest first.
@@ -94,6 +97,8 @@ type registryDest struct {
 	pull    *ggcr.Puller
 	exists  sync.Map // digests of blobs that are known to be there
 	options []ggcr.Option
+	source  func() (remote.Source, error) // for reading, opened once
+	opened  atomic.Bool
 }
 
 func newRegistryDest(ctx context.Context, ref remote.Reference, opts *Options) (*registryDest, error) {
@@ -114,6 +119,10 @@ func newRegistryDest(ctx context.Context, ref remote.Reference, opts *Options) (
 		o = append(o, ggcr.WithTransport(opts.Remote.Transport))
 	}
 	d := &registryDest{ref: n, options: slices.Clip(o)}
+	d.source = sync.OnceValues(func() (remote.Source, error) {
+		d.opened.Store(true)
+		return remote.Open(ctx, ref, opts.Remote)
+	})
 	var err error
 	if d.push, err = ggcr.NewPusher(o...); err != nil {
 		return nil, err
@@ -232,7 +241,22 @@ func (d *registryDest) others(ctx context.Context) []string {
 	return refs
 }
 
-func (d *registryDest) close() {}
+func (d *registryDest) blob(_ context.Context, desc v1.Descriptor) (remote.Blob, error) {
+	src, err := d.source()
+	if err != nil {
+		return nil, err
+	}
+	return src.Blob(desc), nil
+}
+
+func (d *registryDest) close() {
+	if !d.opened.Load() {
+		return
+	}
+	if src, err := d.source(); err == nil {
+		src.Close()
+	}
+}
 
 // layer is a blob as go-containerregistry wants it.
 type layer struct {
@@ -331,6 +355,42 @@ func (d *layoutDest) put(ctx context.Context, desc v1.Descriptor, open func() (i
 	d.add(desc.Size)
 	return nil
 }
+
+func (d *layoutDest) blob(_ context.Context, desc v1.Descriptor) (remote.Blob, error) {
+	return fileBlob{desc.Size, func() (io.ReaderAt, func() error, error) {
+		f, err := os.Open(d.path(desc.Digest))
+		if err != nil {
+			return nil, nil, err
+		}
+		return f, f.Close, nil
+	}}, nil
+}
+
+// A fileBlob is a blob in a file.
+type fileBlob struct {
+	size int64
+	open func() (io.ReaderAt, func() error, error)
+}
+
+func (b fileBlob) Size() int64 { return b.size }
+
+func (b fileBlob) Range(_ context.Context, off, n int64) (io.ReadCloser, error) {
+	if off < 0 || n < 0 || off > b.size || n > b.size-off {
+		return nil, fmt.Errorf("no range of %d bytes at %d in %d bytes", n, off, b.size)
+	}
+	r, end, err := b.open()
+	if err != nil {
+		return nil, err
+	}
+	return fileRange{io.NewSectionReader(r, off, n), end}, nil
+}
+
+type fileRange struct {
+	io.Reader
+	end func() error
+}
+
+func (r fileRange) Close() error { return r.end() }
 
 func (d *layoutDest) putManifest(ctx context.Context, desc v1.Descriptor, raw []byte) error {
 	return d.put(ctx, desc, func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(raw)), nil })
@@ -473,7 +533,7 @@ type archiveDest struct {
 	mu        sync.Mutex
 	f         *os.File
 	tar       *tar.Writer
-	there     map[v1.Hash]int64
+	there     map[v1.Hash]int64  // offsets in f
 	small     map[v1.Hash][]byte // manifests and configs, for manifest.json
 }
 
@@ -525,24 +585,41 @@ func (d *archiveDest) put(_ context.Context, desc v1.Descriptor, open func() (io
 		d.small[desc.Digest] = b
 		r = bytes.NewReader(b)
 	}
-	if err := d.write("blobs/"+desc.Digest.Algorithm+"/"+desc.Digest.Hex, desc.Size, r); err != nil {
-		return err
+	at, err := d.write("blobs/"+desc.Digest.Algorithm+"/"+desc.Digest.Hex, desc.Size, r)
+	if err == nil {
+		d.there[desc.Digest] = at
 	}
-	d.there[desc.Digest] = desc.Size
-	return nil
+	return err
 }
 
-func (d *archiveDest) write(name string, size int64, r io.Reader) error {
+// write returns where in the file the content begins.
+func (d *archiveDest) write(name string, size int64, r io.Reader) (int64, error) {
 	// The same input gives the same archive: no times, no owners.
 	if err := d.tar.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: name, Size: size, Mode: 0o644, ModTime: time.Unix(0, 0)}); err != nil {
-		return err
+		return 0, err
+	}
+	at, err := d.f.Seek(0, io.SeekCurrent)
+	if err != nil {
+		return 0, err
 	}
 	n, err := io.Copy(d.tar, r)
 	if err == nil && n != size {
 		err = fmt.Errorf("%d bytes, want %d", n, size)
 	}
 	d.add(n)
-	return err
+	return at, err
+}
+
+func (d *archiveDest) blob(_ context.Context, desc v1.Descriptor) (remote.Blob, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	at, ok := d.there[desc.Digest]
+	if !ok {
+		return nil, fmt.Errorf("blob %v is not in the archive", desc.Digest)
+	}
+	return fileBlob{desc.Size, func() (io.ReaderAt, func() error, error) {
+		return io.NewSectionReader(d.f, at, desc.Size), func() error { return nil }, nil
+	}}, nil
 }
 
 func (d *archiveDest) putManifest(ctx context.Context, desc v1.Descriptor, raw []byte) error {
@@ -568,7 +645,7 @@ func (d *archiveDest) finish(ctx context.Context, desc v1.Descriptor, raw []byte
 		if f.data == nil {
 			continue
 		}
-		if err := d.write(f.name, int64(len(f.data)), bytes.NewReader(f.data)); err != nil {
+		if _, err := d.write(f.name, int64(len(f.data)), bytes.NewReader(f.data)); err != nil {
 			return err
 		}
 	}

@@ -51,6 +51,14 @@
 // if DST has it. The tag is written last, layouts and archives are renamed into place, and
 // temporary files have no names, so that an end at any time leaves nothing that has a tag.
 //
+// # Startup packs
+//
+// When the layers are in DST, the converter reads back by ranges what a startup pack (package pack) wants of them. With a
+// profile, the pack has its files, the tables of contents and the config, and the manifest's annotations name it, which other clients
+// ignore. Without one, an image in a registry gets a pack of what its command can be seen to need (package closure), beside it as an artifact that
+// refers to it: a recorded one takes its place. The same image gives the same pack. That a pack could not be made is a
+// warning and no error.
+//
 // Sources: the OCI image specification (https://github.com/opencontainers/image-spec), eStargz
 // (https://github.com/containerd/stargz-snapshotter/blob/main/docs/estargz.md), RFC 1952 for gzip and RFC 8878 for zstd.
 package convert

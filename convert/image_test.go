@@ -115,6 +115,15 @@ func (l testLayout) json(typ types.MediaType, v any) v1.Descriptor {
 	return l.blob(typ, b)
 }
 
+func (l testLayout) read(d v1.Descriptor) []byte {
+	l.t.Helper()
+	b, err := os.ReadFile(filepath.Join(l.dir, "blobs/sha256", d.Digest.Hex))
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	return b
+}
+
 // layer adds a gzip layer and returns it with its diffID.
 func (l testLayout) layer(files ...file) (v1.Descriptor, v1.Hash) {
 	l.t.Helper()
@@ -270,9 +279,9 @@ type testRegistry struct {
 	hook func(r *http.Request) (fail bool) // before each request
 }
 
-func newTestRegistry(t testing.TB) *testRegistry {
+func newTestRegistry(t testing.TB, o ...registry.Option) *testRegistry {
 	reg := &testRegistry{has: map[string]bool{}}
-	h := registry.New(registry.Logger(log.New(io.Discard, "", 0)))
+	h := registry.New(append(o, registry.Logger(log.New(io.Discard, "", 0)))...)
 	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		reg.mu.Lock()
 		if r.Method != http.MethodGet && r.Method != http.MethodHead {

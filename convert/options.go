@@ -5,6 +5,7 @@ import (
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 
+	"lazuli/fs/profile"
 	"lazuli/fs/remote"
 )
 
@@ -38,6 +39,10 @@ type Options struct {
 	// Profile names the files that come first, in this order, as paths from the root. They are what
 	// runtimes fetch ahead. Nil is none; see [ParseProfile].
 	Profile []string
+	// Pieces are what a start reads of files, for a startup pack that the image's manifest names. Nil is all of the files in Profile.
+	Pieces *profile.Profile
+	// NoPack makes no startup packs, neither of a profile nor of what an image's command can be seen to need.
+	NoPack bool
 	// Cache is a directory that remembers what was converted to what. "" remembers nothing.
 	Cache string
 	// TempDir is where layers wait for their upload: room for all of an image, and with a Profile for its

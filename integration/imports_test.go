@@ -15,7 +15,7 @@ import (
 var imports = map[string][]string{
 	"cmd/lazuli":  {"all"},
 	"snapshotter": {"fs"},
-	"convert":     {"fs/toc", "fs/remote", "fs/pack"},
+	"convert":     {"fs/toc", "fs/remote", "fs/pack", "fs/profile", "fs/meta"},
 	"fs/rootfs":   {"fs/serve", "fs/fetch", "fs/store", "fs/meta", "fs/toc", "fs/remote", "fs/pack", "fs/profile"},
 	"fs/serve":    {"fs/meta", "fs/fetch", "fs/store"},
 	"fs/fetch":    {"fs/remote", "fs/store", "fs/toc", "fs/pack"},

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"io"
@@ -14,6 +15,7 @@ import (
 	"golang.org/x/term"
 
 	"lazuli/convert"
+	"lazuli/fs/profile"
 	"lazuli/fs/remote"
 )
 
@@ -24,7 +26,7 @@ func newConvertCommand() *cobra.Command {
 		platforms []string
 		chunk     = convertSize(0)
 		group     = convertSize(0)
-		profile   string
+		file      string
 		quiet     bool
 		asJSON    bool
 	)
@@ -36,7 +38,12 @@ read piece by piece, and everything else stays as it is. Ordinary clients can st
 
 SRC and DST are each NAME[:TAG] of a registry (with docker's credentials), oci:DIR[:TAG] or
 docker-archive:FILE[:TAG]. Layers that are lazy already are kept. What was converted before is not converted
-again: a second run uploads nothing. DST's tag moves last, when everything else is there.`,
+again: a second run uploads nothing. DST's tag moves last, when everything else is there.
+
+--profile FILE says what a start of the image reads. These files come first in their layers, and the image gets a startup pack of
+them, which its manifest names: a node fetches it in one request. Without a profile an image in a registry gets a pack with what its command
+needs before it does anything, as far as that can be seen without running it: its interpreter, libraries and scripts. It lies beside the
+image and gives way to one that was recorded (lazuli profile --push).`,
 		Example: `  lazuli convert docker.io/library/python:3.12 registry.example.com/python:3.12-lazy
   lazuli convert oci:./image oci:./lazy
   lazuli convert --platform linux/amd64 --format zstd:chunked python:3.12 docker-archive:python.tar:python:3.12
@@ -61,15 +68,9 @@ again: a second run uploads nothing. DST's tag moves last, when everything else 
 				}
 				opts.Platforms = append(opts.Platforms, *p)
 			}
-			if profile != "" {
-				f, err := os.Open(profile)
-				if err != nil {
+			if file != "" {
+				if opts.Profile, opts.Pieces, err = readPieces(file); err != nil {
 					return err
-				}
-				opts.Profile, err = convert.ParseProfile(f)
-				f.Close()
-				if err != nil {
-					return fmt.Errorf("%s: %w", profile, err)
 				}
 			}
 			opts.Progress = new(convert.Progress)
@@ -84,6 +85,9 @@ again: a second run uploads nothing. DST's tag moves last, when everything else 
 			}
 			for _, name := range result.Missed {
 				fmt.Fprintf(cmd.ErrOrStderr(), "profile: %s: not moved: no such file in the image, or a layer changes it twice\n", name)
+			}
+			for _, line := range result.Warnings {
+				fmt.Fprintf(printable(cmd.ErrOrStderr()), "warning: %s\n", line)
 			}
 			if asJSON {
 				return writeJSON(cmd.OutOrStdout(), result)
@@ -100,7 +104,8 @@ again: a second run uploads nothing. DST's tag moves last, when everything else 
 	f.IntVar(&opts.Level, "level", 0, "level of compression (default: see docs/convert.md)")
 	f.Var(&chunk, "chunk-size", "largest piece of a file that is verified by itself, such as 128KiB (default: see docs/convert.md)")
 	f.Var(&group, "group-size", "bytes of small files that are fetched together; 1 is each file alone (default: see docs/convert.md)")
-	f.StringVar(&profile, "profile", "", "`FILE` with the names of the files that come first, one in each line")
+	f.StringVar(&file, "profile", "", "`FILE` with what a start reads: a profile of lazuli profile, or names of files, one in each line")
+	f.BoolVar(&opts.NoPack, "no-pack", false, "make no startup packs")
 	f.StringVar(&opts.Cache, "cache", defaultConvertCache(), "`DIR` that remembers what was converted; empty for none")
 	f.StringVar(&opts.TempDir, "temp-dir", "", "`DIR` for layers on their way (default the system's)")
 	f.BoolVar(&opts.Remote.PlainHTTP, "plain-http", false, "speak to registries without TLS")
@@ -108,6 +113,23 @@ again: a second run uploads nothing. DST's tag moves last, when everything else 
 	f.BoolVar(&asJSON, "json", false, "print the result as JSON")
 	cmd.RegisterFlagCompletionFunc("format", cobra.FixedCompletions([]string{string(convert.EStargz), string(convert.ZstdChunked)}, cobra.ShellCompDirectiveNoFileComp))
 	return cmd
+}
+
+// readPieces returns the names in a profile and, if it says which pieces of the files are read, those.
+func readPieces(path string) ([]string, *profile.Profile, error) {
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return nil, nil, err
+	}
+	names, err := convert.ParseProfile(bytes.NewReader(text))
+	var pieces *profile.Profile
+	if err == nil && bytes.Contains(text, []byte(`"piece"`)) {
+		pieces, err = profile.Parse(bytes.NewReader(text))
+	}
+	if err != nil {
+		err = fmt.Errorf("%s: %w", path, err)
+	}
+	return names, pieces, err
 }
 
 func defaultConvertCache() string {
@@ -145,6 +167,13 @@ func printConverted(w io.Writer, dst remote.Reference, r *convert.Result) {
 	ratio := ""
 	if in > 0 {
 		ratio = fmt.Sprintf(" (%.1f %%)", 100*float64(out)/float64(in))
+	}
+	for _, p := range r.Packs {
+		of := "what the command needs"
+		if !strings.HasPrefix(p.Origin, "closure") {
+			of = "the profile"
+		}
+		fmt.Fprintf(w, "startup pack of %s  %s, %s of files in %d chunks\n", of, size(p.Size), size(p.Content), p.Chunks)
 	}
 	fmt.Fprintf(w, "%v\n%v  %s → %s%s, %s written\n", dst, r.Digest, size(in), size(out), ratio, size(r.Uploaded))
 }

@@ -70,7 +70,9 @@ type markingWriter struct {
 }
 
 func (w *markingWriter) Write(b []byte) (int, error) {
-	w.t.mark(phaseFirstOutput, time.Now())
+	now := time.Now()
+	w.t.mark(phaseExec, now) // who started it may hear of it later
+	w.t.mark(phaseFirstOutput, now)
 	return w.w.Write(b)
 }
 

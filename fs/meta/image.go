@@ -122,6 +122,7 @@ func (t *Tree) lay(roots []int32) error {
 
 	// overlayfs merges the roots of all layers, opaque or not.
 	root := roots[len(roots)-1]
+	t.root = root
 	top := &t.inodes[root]
 	for i := len(roots) - 1; i > 0; i-- {
 		below := &t.inodes[roots[i-1]]

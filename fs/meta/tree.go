@@ -72,6 +72,7 @@ type Tree struct {
 	dentries []dentry
 	// kids holds the names that each directory shows, sorted, with "." and "..".
 	kids []int32
+	root int32
 	// order holds the inodes in the order in which the image has them.
 	order []int32
 	// keys are the objects that the regular files refer to.

@@ -21,7 +21,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strconv"
 
+	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/klauspost/compress/zstd"
 
 	"lazuli/fs/toc"
@@ -37,7 +39,30 @@ const (
 	MadeAnnotation   = "lazuli.pack.made"   // when, as RFC 3339 in UTC; the newest is taken
 	// CommandAnnotation is a digest of what the image runs: see [Command].
 	CommandAnnotation = "lazuli.pack.command"
+	// OriginAnnotation says what a pack was made of, if not of a recording: it is taken when there is none that was
+	// recorded, whatever its age.
+	OriginAnnotation = "lazuli.pack.origin"
 )
+
+// Values of OriginAnnotation. The number changes when the same image gives another pack than before.
+const (
+	OriginProfile = "profile/1" // of a profile that was given, which may be of another build
+	OriginClosure = "closure/1" // of what an image's command can be seen to need without running it: the least that there is
+)
+
+// Named returns where the annotations of an image's manifest or of a pack's artifact say that the pack's blob is: its digest
+// and size, which nobody has checked. It is false if they do not say so, or say nonsense.
+func Named(annotations map[string]string) (v1.Descriptor, bool) {
+	hash, herr := v1.NewHash(annotations[DigestAnnotation])
+	size, serr := strconv.ParseInt(annotations[SizeAnnotation], 10, 64)
+	if herr != nil || serr != nil || size <= 0 || size > maxPack {
+		return v1.Descriptor{}, false
+	}
+	return v1.Descriptor{MediaType: MediaType, Digest: hash, Size: size}, true
+}
+
+// maxPack is how large a pack may be, in bytes.
+const maxPack = 16 << 30
 
 // Tag names the newest pack of any image in a repository. The next build of an image has a digest that no pack refers to, and most
 // of the content of the last one: an image that runs the same command takes that pack.

@@ -222,9 +222,19 @@ func (img *Image) Config(ctx context.Context) (*v1.ConfigFile, []byte, error) {
 	if err != nil {
 		return nil, nil, fmt.Errorf("config: %w", err)
 	}
+	c, err := img.ParseConfig(raw)
+	return c, raw, err
+}
+
+// ParseConfig returns the image's config out of bytes from anywhere, which are checked against its digest.
+func (img *Image) ParseConfig(raw []byte) (*v1.ConfigFile, error) {
+	d := img.Manifest.Config
+	if err := verify("config", d.Digest, raw); err != nil {
+		return nil, err
+	}
 	c := new(v1.ConfigFile)
 	if err := json.Unmarshal(raw, c); err != nil {
-		return nil, nil, fmt.Errorf("config %v: %w", d.Digest, err)
+		return nil, fmt.Errorf("config %v: %w", d.Digest, err)
 	}
-	return c, raw, nil
+	return c, nil
 }

@@ -138,14 +138,17 @@ func readRange(ctx context.Context, b remote.Blob, off, n int64) ([]byte, error)
 	return nil, err
 }
 
-// open returns the layer's TOC: the one that the store keeps, else from the blob, or if the layer is not lazy from all
+// open returns the layer's TOC: the one that the store keeps, else that of a startup pack, else from the blob, or if the layer is not lazy from all
 // of it, whose files are then in the store.
-func (l *layer) open(ctx context.Context, n *Node, o *MountOptions) (*toc.TOC, error) {
+func (l *layer) open(ctx context.Context, n *Node, o *MountOptions, s *Startup) (*toc.TOC, error) {
 	if t, err := l.load(n); err == nil {
 		return t, nil
 	}
 	if l.why == nil {
-		t, err := l.fetch(ctx, n)
+		t, err := l.fromPack(ctx, n, s)
+		if t == nil && err == nil {
+			t, err = l.fetch(ctx, n)
+		}
 		if !errors.Is(err, toc.ErrNotLazy) {
 			return t, err
 		}
@@ -189,11 +192,38 @@ func (l *layer) fetch(ctx context.Context, n *Node) (t *toc.TOC, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", l.name(), err)
 	}
-	return t, l.keep(n, func(f *os.File) error {
-		if err := json.NewEncoder(f).Encode(c.Location); err != nil { // one line
+	return t, l.keepTOC(n, c.Location, c.bytes.Bytes())
+}
+
+// fromPack returns the layer's TOC if the startup pack brings it soon, and else nil. The pack says nothing that is believed: where the
+// table lies in the blob is what the layer's annotations say, and its bytes are what they promise.
+func (l *layer) fromPack(ctx context.Context, n *Node, s *Startup) (*toc.TOC, error) {
+	packed := s.table(ctx, l.promise.Digest)
+	if packed == nil {
+		return nil, nil
+	}
+	loc, known, err := toc.Locate(l.Annotations, l.Size)
+	if err != nil || !known || loc.Size != int64(len(packed)) {
+		return nil, nil
+	}
+	t, err := toc.Parse(bytes.NewReader(packed), loc, l.promise)
+	if err != nil {
+		if errors.Is(err, toc.ErrNotLazy) {
+			return nil, err
+		}
+		n.log.Debug("startup pack", "layer", l.id, "err", err)
+		return nil, nil
+	}
+	return t, l.keepTOC(n, loc, packed)
+}
+
+// keepTOC writes down a TOC as it lies in the blob.
+func (l *layer) keepTOC(n *Node, loc toc.Location, packed []byte) error {
+	return l.keep(n, func(f *os.File) error {
+		if err := json.NewEncoder(f).Encode(loc); err != nil { // one line
 			return err
 		}
-		_, err := c.bytes.WriteTo(f)
+		_, err := f.Write(packed)
 		return err
 	})
 }

@@ -610,8 +610,8 @@ func (s *Startup) Image(image *remote.Image) {
 	})
 }
 
-// index notes what the pack has.
-func (s *Startup) index(x *pack.Index) {
+// noteIndex notes what the pack has.
+func (s *Startup) noteIndex(x *pack.Index) {
 	for i := range x.Frames {
 		s.chunks = append(s.chunks, x.Frames[i].Chunks...)
 	}
@@ -639,6 +639,7 @@ func (s *Startup) arrive(own <-chan *Learned, layers []*fetch.Layer, tocs []*toc
 			case <-s.indexed:
 				packed := map[pack.Chunk]bool{}
 				for _, c := range s.chunks {
+					c.Size = 0
 					packed[c] = true
 				}
 				rest = slices.DeleteFunc(slices.Clone(list), func(w fetch.Want) bool {
@@ -679,8 +680,8 @@ func (n *Node) PackOf(ctx context.Context, ref remote.Reference, digest v1.Hash)
 		return v1.Hash{}, err
 	}
 	list, err := remote.Referrers(ctx, src, digest, pack.MediaType)
-	best, ok := newestPack(list)
-	if !ok {
+	best, rank := newestPack(list)
+	if rank == noPack {
 		return v1.Hash{}, err
 	}
 	return best.Digest, nil

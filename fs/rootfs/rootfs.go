@@ -469,6 +469,7 @@ func (r *Rootfs) resolve(ctx context.Context, ref remote.Reference, o MountOptio
 	if r.src, err = remote.Open(ctx, ref, n.remoteOptions(o.Keychain)); err != nil {
 		return "", err
 	}
+	begun := time.Now()
 	if r.Image, err = remote.Pick(ctx, r.src, o.Platform); err != nil {
 		return "", err
 	}
@@ -483,16 +484,17 @@ func (r *Rootfs) resolve(ctx context.Context, ref remote.Reference, o MountOptio
 	var tocs []*toc.TOC // stays nil if nothing has to be made of them
 	group, gctx := errgroup.WithContext(ctx)
 	group.SetLimit(maxTables)
-	group.Go(func() error { return r.readConfig(gctx) })
 	// A metadata image that is here needs no tables of contents, only the layers' chunk tables.
-	if !r.known() {
-		if !o.Record {
-			r.startup = n.startup(r.src, ref, r.Image.Digest, func(context.Context) (*remote.Image, error) { return r.Image, nil })
-		}
+	known := r.known()
+	if !known && !o.Record {
+		r.startup = n.startupOf(r.src, ref, r.Image, r.Resolved.Sub(begun))
+	}
+	group.Go(func() error { return r.readConfig(gctx) })
+	if !known {
 		tocs = make([]*toc.TOC, len(r.layers))
 		for i, l := range r.layers {
 			group.Go(func() (err error) {
-				tocs[i], err = l.open(gctx, n, &o)
+				tocs[i], err = l.open(gctx, n, &o, r.startup)
 				return err
 			})
 		}
@@ -532,7 +534,15 @@ func (r *Rootfs) resolve(ctx context.Context, ref remote.Reference, o MountOptio
 const maxTables = 32
 
 func (r *Rootfs) readConfig(ctx context.Context) error {
-	config, _, err := r.Image.Config(ctx)
+	var config *v1.ConfigFile
+	err := errNoTable
+	digest, _ := toc.ParseDigest(r.Image.Manifest.Config.Digest.String())
+	if raw := r.startup.table(ctx, digest); raw != nil {
+		config, err = r.Image.ParseConfig(raw)
+	}
+	if err != nil {
+		config, _, err = r.Image.Config(ctx)
+	}
 	if err != nil {
 		return err
 	}

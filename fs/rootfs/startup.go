@@ -1,13 +1,14 @@
 package rootfs
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"slices"
-	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -22,7 +23,7 @@ import (
 	"lazuli/fs/toc"
 )
 
-// A Startup is the search for an image's startup pack, and then its arrival. Nothing waits for it: what it brings is
+// A Startup is the search for an image's startup pack, and then its arrival. Nothing depends on it: what it brings is
 // here sooner than it would be otherwise, and that is all.
 type Startup struct {
 	n      *Node
@@ -30,18 +31,33 @@ type Startup struct {
 	cancel context.CancelFunc
 	work   sync.WaitGroup
 
-	found  chan struct{} // closed when blob or err is set
+	ready  chan struct{} // closed when what follows is set
 	blob   remote.Blob   // nil if there is no pack
-	digest v1.Hash       // of blob
 	err    error
-	body   *aheadReader // of blob from its beginning
+	digest v1.Hash // of blob, if it refers to the image's manifest
+	index  *pack.Index
+	body   *aheadReader // of blob from pos on, or nil
+	pos    int64
 
+	// Of a pack that the manifest names:
+	tables  map[toc.Digest]*packedTable // that are waited for
+	late    chan struct{}               // closed when nobody is to wait for them any more
+	arrived atomic.Int64                // bytes of the pack
+
+	// Of what the node has learned:
 	ref     remote.Reference
 	own     chan *Learned // nil if Image was not called; else has one, or is closed
 	chain   string        // whose pack it is; set before it arrives
 	indexed chan struct{} // closed when chunks is set, or there is no pack
 	once    sync.Once     // closes indexed
 	chunks  []pack.Chunk  // that the pack has
+}
+
+// A packedTable is a layer's table of contents or the config, as a startup pack may bring it.
+type packedTable struct {
+	size int64         // as the manifest says it
+	done chan struct{} // closed when it came or will not come
+	data []byte        // unverified; nil if it did not come
 }
 
 // Startup begins to look for the startup pack of the manifest with a digest, in the repository that ref names. image returns the image when
@@ -51,35 +67,199 @@ func (n *Node) Startup(ref remote.Reference, digest v1.Hash, image func(context.
 	if err != nil { // who asks for the image hears of it
 		src = nil
 	}
-	return n.startup(src, ref, digest, image)
-}
-
-func (n *Node) startup(src remote.Source, ref remote.Reference, digest v1.Hash, image func(context.Context) (*remote.Image, error)) *Startup {
-	s := &Startup{n: n, ref: ref, found: make(chan struct{}), indexed: make(chan struct{})}
-	s.ctx, s.cancel = context.WithCancel(context.Background())
-	s.work.Go(func() {
-		defer close(s.found)
-		if src == nil {
-			return
-		}
-		if s.blob, s.digest, s.err = s.find(src, digest, image); s.blob == nil {
-			return
-		}
-		body, err := s.blob.Range(s.ctx, 0, s.blob.Size())
-		if err != nil {
-			s.err = err
-			return
-		}
-		s.body = readAhead(body)
-	})
+	s := n.newStartup(ref)
+	s.begin(src, digest, v1.Descriptor{}, image)
 	return s
 }
 
-// maxPack is how large a startup pack may be, in bytes.
-const maxPack = 16 << 30
+func (n *Node) newStartup(ref remote.Reference) *Startup {
+	s := &Startup{n: n, ref: ref, ready: make(chan struct{}), indexed: make(chan struct{}), late: make(chan struct{}), tables: map[toc.Digest]*packedTable{}}
+	s.ctx, s.cancel = context.WithCancel(context.Background())
+	return s
+}
 
-// find returns the newest startup pack that refers to a manifest, else the newest of the repository, if that is of an image
-// that runs the same command; or nil. It returns the digest of the pack only if that refers to the manifest.
+// startupOf is Startup for an image whose manifest is here, which it took some time to get: a pack that it names is asked for at once.
+func (n *Node) startupOf(src remote.Source, ref remote.Reference, image *remote.Image, took time.Duration) *Startup {
+	s := n.newStartup(ref)
+	named, ok := pack.Named(image.Manifest.Annotations)
+	if ok {
+		want := func(d toc.Digest, size int64) {
+			if size <= 0 || size > maxTable {
+				return
+			}
+			s.tables[d] = &packedTable{size: size, done: make(chan struct{})}
+		}
+		if d, err := toc.ParseDigest(image.Manifest.Config.Digest.String()); err == nil {
+			want(d, image.Manifest.Config.Size)
+		}
+		for _, l := range image.Layers {
+			promise, err := toc.Promised(l.Annotations)
+			if loc, known, lerr := toc.Locate(l.Annotations, l.Size); err == nil && lerr == nil && known {
+				want(promise.Digest, loc.Size)
+			}
+		}
+		s.watch(took)
+	}
+	s.begin(src, image.Digest, named, func(context.Context) (*remote.Image, error) { return image, nil })
+	return s
+}
+
+// begin looks for the pack, or takes the one that is named, and reads it up to its first frame.
+func (s *Startup) begin(src remote.Source, digest v1.Hash, named v1.Descriptor, image func(context.Context) (*remote.Image, error)) {
+	s.work.Go(func() {
+		defer close(s.ready)
+		defer s.noMore()
+		if src == nil {
+			return
+		}
+		var body io.ReadCloser
+		s.err = remote.ErrNotFound
+		if named.Size > 0 {
+			s.blob = src.Blob(named)
+			s.digest = named.Digest
+			body, s.err = s.blob.Range(s.ctx, 0, named.Size)
+		}
+		if errors.Is(s.err, remote.ErrNotFound) { // the image was copied without it, or names none
+			s.noMore()
+			if s.blob, s.digest, s.err = s.find(src, digest, image); s.blob != nil {
+				body, s.err = s.blob.Range(s.ctx, 0, s.blob.Size())
+			}
+		}
+		if body == nil {
+			return
+		}
+		s.body = readAhead(countedBody{body, &s.arrived})
+		if s.index, s.err = pack.ReadIndex(s.body); s.err == nil && s.index.Size != s.blob.Size() {
+			s.err = fmt.Errorf("startup pack: its index is of %d bytes, the blob has %d", s.index.Size, s.blob.Size())
+		}
+		if s.err == nil {
+			s.pos = s.index.Start
+			s.readTables()
+		}
+	})
+}
+
+type countedBody struct {
+	io.ReadCloser
+	n *atomic.Int64
+}
+
+func (b countedBody) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	b.n.Add(int64(n))
+	return n, err
+}
+
+// readTables reads the tables that are waited for. Others are read over.
+func (s *Startup) readTables() {
+	at := s.index.Start
+	for _, t := range s.index.Tables {
+		begin := at
+		at += t.Size
+		want := s.tables[t.Digest]
+		if want == nil || want.size != t.Size || want.data != nil {
+			continue
+		}
+		if begin-s.pos > maxSkip {
+			return
+		}
+		var buf bytes.Buffer // grows with what arrives
+		n, err := io.CopyN(io.Discard, s.body, begin-s.pos)
+		s.pos += n
+		if err == nil {
+			n, err = io.CopyN(&buf, s.body, t.Size)
+			s.pos += n
+		}
+		if err != nil {
+			s.body.Close()
+			s.body = nil // who wants the frames asks again
+			return
+		}
+		want.data = buf.Bytes()
+		close(want.done)
+	}
+}
+
+// noMore says that tables that did not come will not come.
+func (s *Startup) noMore() {
+	for _, t := range s.tables {
+		if t.data == nil {
+			select {
+			case <-t.done:
+			default:
+				close(t.done)
+			}
+		}
+	}
+}
+
+var errNoTable = errors.New("not in the startup pack")
+
+// table returns the table of contents, or the config, with a digest if the pack brings it soon, unverified, and else nil. A nil
+// Startup has none.
+func (s *Startup) table(ctx context.Context, digest toc.Digest) []byte {
+	if s == nil || s.tables[digest] == nil {
+		return nil
+	}
+	t := s.tables[digest]
+	select {
+	case <-t.done:
+	case <-s.late:
+	case <-ctx.Done():
+	}
+	select {
+	case <-t.done:
+		return t.data
+	default:
+		return nil
+	}
+}
+
+// maxTable is how large a table may be that is taken from a pack, in bytes: it is in memory until it is verified.
+const maxTable = 64 << 20
+
+const (
+	// A table is waited for as long as the pack comes along: looked at every two round trips, there has to be something new, and
+	// it has to be fast, or faster than the time before, as a connection is that has just begun.
+	leastPatience = 150 * time.Millisecond
+	mostPatience  = 500 * time.Millisecond // when the manifest took long for other reasons
+	leastRate     = 1 << 20                // bytes a second: less is faster asked for, layers side by side
+)
+
+// watch closes s.late when the pack does not come along. rtt is about a round trip, or more.
+func (s *Startup) watch(rtt time.Duration) {
+	every := min(max(2*rtt, leastPatience), mostPatience)
+	total := int64(0)
+	for _, t := range s.tables {
+		total += t.size
+	}
+	end := time.Now().Add(4*every + time.Duration(total)*time.Second/leastRate) // whatever else is in it
+	s.work.Go(func() {
+		ticks := time.NewTicker(every)
+		defer ticks.Stop()
+		defer close(s.late)
+		var last, before int64
+		for {
+			select {
+			case <-s.ready:
+				return
+			case <-s.ctx.Done():
+				return
+			case <-ticks.C:
+			}
+			arrived := s.arrived.Load()
+			got := arrived - last
+			if got == 0 || got < int64(every.Seconds()*leastRate) && got < before*3/2 || time.Now().After(end) {
+				return
+			}
+			last, before = arrived, got
+		}
+	})
+}
+
+// find returns the newest startup pack that refers to a manifest. If none was recorded, or given as a profile, the newest of the
+// repository goes before it, if that is of an image that runs the same command. It is nil if there is no pack. It returns the digest
+// of the pack only if that refers to the manifest.
 func (s *Startup) find(src remote.Source, digest v1.Hash, image func(context.Context) (*remote.Image, error)) (remote.Blob, v1.Hash, error) {
 	ctx := s.ctx
 	var last v1.Descriptor
@@ -90,75 +270,90 @@ func (s *Startup) find(src remote.Source, digest v1.Hash, image func(context.Con
 		last, lastErr = remote.Artifact(ctx, src, pack.Tag, pack.MediaType)
 	})
 	list, listErr := remote.Referrers(ctx, src, digest, pack.MediaType)
-	best, ok := newestPack(list)
-	if ok {
+	best, rank := newestPack(list)
+	if rank > guessed {
 		return src.Blob(best), best.Digest, nil
 	}
 	<-both
-	if best, ok = newestPack([]v1.Descriptor{last}); !ok {
+	other, otherRank := newestPack([]v1.Descriptor{last})
+	if otherRank > rank {
+		var config *v1.ConfigFile
+		i, err := image(ctx)
+		if err == nil {
+			config, _, err = i.Config(ctx)
+		}
+		if err == nil && pack.Command(config.Config.Entrypoint, config.Config.Cmd) == last.Annotations[pack.CommandAnnotation] {
+			return src.Blob(other), v1.Hash{}, nil
+		}
+		lastErr = err
+	}
+	if rank == noPack {
 		return nil, v1.Hash{}, errors.Join(listErr, lastErr)
 	}
-	i, err := image(ctx)
-	if err != nil {
-		return nil, v1.Hash{}, err
-	}
-	config, _, err := i.Config(ctx)
-	if err != nil || pack.Command(config.Config.Entrypoint, config.Config.Cmd) != last.Annotations[pack.CommandAnnotation] {
-		return nil, v1.Hash{}, err
-	}
-	return src.Blob(best), v1.Hash{}, nil
+	return src.Blob(best), best.Digest, nil
 }
 
-// newestPack returns the blob of the pack that was made last, of those whose annotations say where it is.
-func newestPack(list []v1.Descriptor) (best v1.Descriptor, ok bool) {
+// What a pack was made of, the best last.
+const (
+	noPack = iota
+	guessed
+	given
+	measured
+)
+
+// newestPack returns the blob of the best pack, and of those as good the one that was made last, of those whose annotations say where
+// it is.
+func newestPack(list []v1.Descriptor) (best v1.Descriptor, rank int) {
 	var made time.Time
 	for _, d := range list {
-		hash, herr := v1.NewHash(d.Annotations[pack.DigestAnnotation])
-		size, serr := strconv.ParseInt(d.Annotations[pack.SizeAnnotation], 10, 64)
+		blob, ok := pack.Named(d.Annotations)
+		if !ok {
+			continue
+		}
+		is := guessed
+		switch origin := d.Annotations[pack.OriginAnnotation]; origin {
+		case "":
+			is = measured
+		case pack.OriginProfile:
+			is = given
+		}
 		at, _ := time.Parse(time.RFC3339, d.Annotations[pack.MadeAnnotation]) // who does not say it comes last
-		if herr == nil && serr == nil && size > 0 && size <= maxPack && (!ok || at.After(made)) {
-			best, made, ok = v1.Descriptor{Digest: hash, Size: size}, at, true
+		if is > rank || is == rank && at.After(made) {
+			best, made, rank = blob, at, is
 		}
 	}
-	return best, ok
+	return best, rank
 }
 
 // into puts the pack, if there is one, into the store, for layers that were added to the queue.
 func (s *Startup) into(layers []*fetch.Layer) (fetch.PackStats, error) {
 	select {
-	case <-s.found:
+	case <-s.ready:
 	case <-s.ctx.Done():
 		return fetch.PackStats{}, context.Cause(s.ctx)
 	}
-	if s.body == nil {
+	if s.err != nil || s.index == nil {
 		return fetch.PackStats{}, s.err
 	}
-	x, err := pack.ReadIndex(s.body)
-	if err == nil && x.Size != s.blob.Size() {
-		err = fmt.Errorf("startup pack: its index is of %d bytes, the blob has %d", x.Size, s.blob.Size())
-	}
-	if err != nil {
-		return fetch.PackStats{}, err
-	}
-	s.index(x)
-	at := x.Start
-	for _, t := range x.Tables {
+	s.noteIndex(s.index)
+	at := s.index.Start
+	for _, t := range s.index.Tables {
 		at += t.Size
 	}
 	open := func(ctx context.Context, off int64) (io.ReadCloser, error) {
 		body := s.body
 		s.body = nil
-		if body != nil && off-x.Start <= maxSkip {
-			if _, err := io.CopyN(io.Discard, body, off-x.Start); err == nil {
+		if body != nil && off-s.pos <= maxSkip {
+			if _, err := io.CopyN(io.Discard, body, off-s.pos); err == nil {
 				return body, nil
 			}
 		}
 		if body != nil {
 			body.Close()
 		}
-		return s.blob.Range(ctx, off, x.Size-off)
+		return s.blob.Range(ctx, off, s.index.Size-off)
 	}
-	return s.n.queue.Pack(s.ctx, x, at, open, layers...)
+	return s.n.queue.Pack(s.ctx, s.index, at, open, layers...)
 }
 
 // maxSkip is how many bytes of a pack are read over rather than asked around.

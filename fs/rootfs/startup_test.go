@@ -20,6 +20,10 @@ func TestNewestPack(t *testing.T) {
 	d := func(digest, size, made string) v1.Descriptor {
 		return v1.Descriptor{Annotations: map[string]string{pack.DigestAnnotation: digest, pack.SizeAnnotation: size, pack.MadeAnnotation: made}}
 	}
+	from := func(d v1.Descriptor, origin string) v1.Descriptor {
+		d.Annotations[pack.OriginAnnotation] = origin
+		return d
+	}
 	for _, c := range []struct {
 		what string
 		list []v1.Descriptor
@@ -32,9 +36,14 @@ func TestNewestPack(t *testing.T) {
 		{"a time before none", []v1.Descriptor{d(hash("a"), "10", "zzzz"), d(hash("b"), "10", "1999-01-01T00:00:00Z")}, "b"},
 		{"the newest", []v1.Descriptor{d(hash("a"), "10", "2026-01-02T00:00:00Z"), d(hash("b"), "10", "2026-01-03T00:00:00Z"), d(hash("c"), "10", "2026-01-01T00:00:00Z")}, "b"},
 		{"by time, not by text", []v1.Descriptor{d(hash("a"), "10", "2026-01-02T00:00:00Z"), d(hash("b"), "10", "2026-01-01T23:30:00-02:00")}, "b"},
+		{"recorded before given before guessed", []v1.Descriptor{from(d(hash("a"), "10", "2026-01-03T00:00:00Z"), pack.OriginClosure),
+			d(hash("b"), "10", "2026-01-01T00:00:00Z"), from(d(hash("c"), "10", "2026-01-02T00:00:00Z"), pack.OriginProfile)}, "b"},
+		{"given before guessed", []v1.Descriptor{from(d(hash("a"), "10", ""), pack.OriginProfile), from(d(hash("b"), "10", "2026-01-03T00:00:00Z"), "later/2")}, "a"},
+		{"guessed before none", []v1.Descriptor{{}, from(d(hash("a"), "10", ""), pack.OriginClosure)}, "a"},
 		{"of the same second the first", []v1.Descriptor{d(hash("a"), "10", "2026-01-02T00:00:00Z"), d(hash("b"), "10", "2026-01-02T00:00:00Z")}, "a"},
 	} {
-		got, ok := newestPack(c.list)
+		got, rank := newestPack(c.list)
+		ok := rank != noPack
 		if ok != (c.want != "") || ok && (got.Digest.Hex[:1] != c.want || got.Size != 10) {
 			t.Errorf("%s: %v, %v", c.what, got, ok)
 		}

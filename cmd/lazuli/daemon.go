@@ -107,6 +107,7 @@ func (a *app) serve(cmd *cobra.Command) error {
 		Hosts:       a.HostsDir,
 		MaxSize:     int64(a.MaxSize),
 		Unverified:  a.Verify != nil && !*a.Verify,
+		Fill:        fillPolicies[a.Fill],
 		Containerd:  a.Containerd,
 		Metrics:     a.Metrics,
 		Version:     version,

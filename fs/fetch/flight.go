@@ -479,6 +479,9 @@ func (b *body) Read(p []byte) (int, error) {
 	}
 	b.n += int64(n)
 	b.q.fetched.Add(int64(n))
+	if b.r.priority != background || b.r.urgent() {
+		b.q.Touch()
+	}
 	if err != nil {
 		err = b.cause(err)
 	}
@@ -533,7 +536,7 @@ func (q *Queue) yield(ctx context.Context, r *run) error {
 	if r.priority != background || r.urgent() {
 		return context.Cause(ctx)
 	}
-	return q.waitQuiet(ctx, r.promoted)
+	return q.waitFree(ctx, r.promoted)
 }
 
 // landOrRetry decodes a member. What does not verify is fetched once more: it may have been damaged on the way.

@@ -46,6 +46,9 @@ func (p *packed) soon(end int64) (time.Duration, bool) {
 // packPatience is for how long a read waits for a pack rather than for an answer of its own: some round trips of most links.
 const packPatience = 150 * time.Millisecond
 
+// packHold is for how long a pack keeps fills off the link: a pack that never ends must not do so for ever.
+const packHold = time.Minute
+
 // PackStats says what came of a startup pack.
 type PackStats struct {
 	Bytes  int64 // of the pack that arrived
@@ -70,6 +73,9 @@ func (q *Queue) Pack(ctx context.Context, x *pack.Index, at int64, open func(ctx
 	for _, l := range layers {
 		l.packed.Store(true)
 	}
+	free := q.holdFills()
+	defer free()
+	defer time.AfterFunc(packHold, free).Stop()
 	p := &packed{begun: time.Now()}
 	u := &unpacking{q: q, p: p}
 	flights := q.expect(x, p, at, u)
@@ -213,6 +219,7 @@ func (u *unpacking) fill(body io.Reader, b []byte, begin int64) error {
 		n += m
 		u.p.arrived.Add(int64(m))
 		u.q.fetched.Add(int64(m))
+		u.q.Touch()
 		if err != nil && n < len(b) {
 			return err
 		}

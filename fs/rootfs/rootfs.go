@@ -68,6 +68,10 @@ type Options struct {
 	// Daemon makes mounts that outlive the process: [Node.Serve] begins to serve them, or goes on where another
 	// process was. Only one process at a time can have a root folder so.
 	Daemon bool
+	// Fill says when the rest of images is fetched for which [Chain.Fill] or [Rootfs.FillBehind] was called.
+	Fill FillPolicy
+	// Room reports whether the store may grow by what nobody has asked for. Nil is yes; the disk is asked in any case.
+	Room func() bool
 }
 
 // A Node is one root folder in use by one process. It may be used by several goroutines.
@@ -80,6 +84,7 @@ type Node struct {
 	log    *slog.Logger
 	store  *store.Store
 	queue  *fetch.Queue
+	fills  *fills
 	server *serve.Server // nil until the first Mount
 
 	mu      sync.Mutex
@@ -144,6 +149,7 @@ func Open(root string, o Options) (*Node, error) {
 		return nil, err
 	}
 	n.queue = fetch.New(n.store, fetch.Options{Logger: o.Logger, ReadTimeout: o.ReadTimeout})
+	n.fills = newFills(n.log, n.fillNow)
 	return n, nil
 }
 
@@ -223,6 +229,7 @@ func removeRun(dir string) error {
 // the next one.
 func (n *Node) Close() error {
 	var errs []error
+	n.fills.close()
 	switch {
 	case n.daemon && n.server != nil:
 		errs = append(errs, n.server.Stop())

@@ -13,6 +13,7 @@ import (
 	"net"
 	"net/http"
 	"path/filepath"
+	"sync/atomic"
 	"time"
 
 	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
@@ -33,8 +34,9 @@ type Options struct {
 	Hosts       string        // containerd's directory of registry hosts; "" is none
 	MaxSize     int64         // of the store's objects, in bytes; zero is a fifth of its file system
 	Unverified  bool          // leave diffIDs unverified
-	Containerd  string        // containerd's socket, for the CRI image proxy
-	Metrics     string        // TCP address for metrics and /healthz; "" is none
+	Fill        rootfs.FillPolicy
+	Containerd  string // containerd's socket, for the CRI image proxy
+	Metrics     string // TCP address for metrics and /healthz; "" is none
 	Version     string
 	Logger      *slog.Logger // nil is silent
 }
@@ -49,6 +51,7 @@ type server struct {
 	keychain *credentials.Keychain
 	mounts   mounts
 	metrics  *metrics
+	full     atomic.Bool // the store is as large as it may be
 }
 
 // ErrOpen says that the root folder cannot be used.
@@ -64,7 +67,7 @@ func Serve(ctx context.Context, child *keeper.Child, o Options) error {
 	var err error
 	if s.node, err = rootfs.Open(o.Root, rootfs.Options{
 		Logger: o.Logger, ReadTimeout: o.ReadTimeout, Hosts: o.Hosts, Daemon: true,
-		Keychain: keychain{&s.keychain},
+		Keychain: keychain{&s.keychain}, Fill: o.Fill, Room: func() bool { return !s.full.Load() },
 	}); err != nil {
 		return fmt.Errorf("%w: %w", ErrOpen, err)
 	}
@@ -189,6 +192,7 @@ func (s *server) boundLoop(ctx context.Context) {
 		}
 		limit := s.limit()
 		freed, left, err := s.node.Bound(limit)
+		s.full.Store(left >= limit)
 		switch {
 		case err != nil:
 			s.log.Warn("the store cannot be kept in bounds", "err", err)

@@ -35,7 +35,7 @@ func main() { os.Exit(run(os.Args[1:], os.Stdin, os.Stdout, os.Stderr)) }
 func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 	a := &app{}
 	ctx := a.catch()
-	defer a.release()
+	defer func() { a.release() }() // the one that holds then: a command may have called it
 	cmd := newRootCommand(a)
 	cmd.SetArgs(args)
 	cmd.SetIn(stdin)

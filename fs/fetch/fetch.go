@@ -56,6 +56,7 @@ type Layer struct {
 
 	// Under Queue.mu:
 	streams [4]stream
+	density density
 	turn    int          // the stream that is replaced next
 	whole   *wholeFlight // nil if the layer is not being fetched whole
 }

@@ -49,6 +49,7 @@ type flight struct {
 	end   int64 // of the frame, in bytes of the pack
 
 	// Under Queue.mu:
+	asked   bool    // a reader wants it
 	arrived bool    // its bytes are here
 	parked  *parked // they are parked
 
@@ -180,6 +181,7 @@ func (q *Queue) join(l *Layer, m int) (f *flight, arrived bool) {
 		f.waiters.Add(1)
 		f.run.promote()
 		q.wake(f)
+		q.ask(f)
 		arrived = f.arrived
 	}
 	return f, arrived
@@ -316,8 +318,13 @@ func (q *Queue) startRun(l *Layer, m, end int, size int64, p priority, wanted in
 			continue
 		}
 		f := &flight{id: id, refs: l.Table.MemberRefs(m), run: r, done: make(chan struct{})}
+		if p != background {
+			start, end := l.Table.Member(m)
+			l.density.brought += end - start
+		}
 		if m < wanted {
 			f.waiters.Store(1)
+			q.ask(f)
 		}
 		q.flights[id] = f
 		flights = append(flights, f)

@@ -2,6 +2,7 @@ package integration
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -474,6 +475,8 @@ type daemonOptions struct {
 	Hosts string
 	// Containerd is the socket of the containerd whose CRI image service it passes calls on to.
 	Containerd string
+	// Fill is its key fill. "" is off: tests count requests.
+	Fill string
 	// More are further lines of its configuration.
 	More string
 	// Env are further variables of its environment, NAME=value.
@@ -490,7 +493,7 @@ func startDaemon(t testing.TB, o daemonOptions) *Daemon {
 	if o.Hosts == "" {
 		o.Hosts = dir + "/nohosts"
 	}
-	config := fmt.Sprintf("socket = %q\nhosts_dir = %q\n", d.Socket, o.Hosts)
+	config := fmt.Sprintf("socket = %q\nhosts_dir = %q\nfill = %q\n", d.Socket, o.Hosts, cmp.Or(o.Fill, "off"))
 	if o.Containerd != "" {
 		config += fmt.Sprintf("containerd = %q\n", o.Containerd)
 	}

@@ -115,10 +115,14 @@ func (s *Snapshotter) recover() error {
 		if err != nil {
 			return err
 		}
-		release, err := s.node.Chain(record.Layers).Use()
+		chain := s.node.Chain(record.Layers)
+		release, err := chain.Use()
 		if err != nil { // it keeps what is here
 			s.log.Error("a mounted snapshot cannot be served", "snapshot", info.Name, "err", err)
 			return nil
+		}
+		if info.Labels[snapshots.LabelSnapshotRef] == "" {
+			release = s.filled(chain, release)
 		}
 		s.mounted[id] = release
 		return nil
@@ -310,7 +314,7 @@ func (s *Snapshotter) mount(snap storage.Snapshot, info snapshots.Info, fresh bo
 	if snap.Kind == snapshots.KindActive && !unpack {
 		o = rootfs.Overlay{Upper: s.dir(snap.ID, "fs"), Work: s.dir(snap.ID, "work"), New: fresh}
 	}
-	_, err, _ := s.mounting.Do(snap.ID, func() (any, error) { return nil, s.attach(snap, o) })
+	_, err, _ := s.mounting.Do(snap.ID, func() (any, error) { return nil, s.attach(snap, o, unpack) })
 	if err != nil {
 		return nil, err
 	}
@@ -337,8 +341,9 @@ func (s *Snapshotter) makeDirs(snap storage.Snapshot) error {
 	return nil
 }
 
-// attach mounts a snapshot's overlay, unless it is mounted on the object server that lives.
-func (s *Snapshotter) attach(snap storage.Snapshot, o rootfs.Overlay) error {
+// attach mounts a snapshot's overlay, unless it is mounted on the object server that lives. unpack says that it is only there for a layer
+// to be unpacked on it.
+func (s *Snapshotter) attach(snap storage.Snapshot, o rootfs.Overlay, unpack bool) error {
 	dir := s.dir(snap.ID, "rootfs")
 	device, err := s.node.ServerDevice()
 	if err != nil {
@@ -377,6 +382,9 @@ func (s *Snapshotter) attach(snap storage.Snapshot, o rootfs.Overlay) error {
 	if o.New { // a container is going to start
 		over = s.learn(snap, chain)
 	}
+	if !unpack {
+		release = s.filled(chain, release)
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.mounted[snap.ID] = func() { over(); release() }
@@ -398,6 +406,16 @@ func (s *Snapshotter) learn(snap storage.Snapshot, chain rootfs.Chain) (over fun
 		return func() {}
 	}
 	return chain.Learn(ref.At(digest), digest)
+}
+
+// filled has the rest of a chain that something runs from fetched behind, until the returned function is called, which
+// calls release too.
+func (s *Snapshotter) filled(chain rootfs.Chain, release func()) func() {
+	stop := chain.Fill()
+	return func() {
+		stop()
+		release()
+	}
 }
 
 // detach unmounts a snapshot's overlay and lets go of its layers.

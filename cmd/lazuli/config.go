@@ -15,6 +15,8 @@ import (
 
 	"github.com/pelletier/go-toml/v2"
 	"github.com/spf13/pflag"
+
+	"lazuli/fs/rootfs"
 )
 
 const (
@@ -33,12 +35,16 @@ type config struct {
 	Verify      *bool    `toml:"verify"`   // nil is true
 	Learn       *bool    `toml:"learn"`    // nil is true
 	Share       bool     `toml:"share"`
+	Fill        string   `toml:"fill"`
 	Containerd  string   `toml:"containerd"`
 	Metrics     string   `toml:"metrics"`
 
 	file  string
 	level slog.Level
 }
+
+// fillPolicies are the values of the key fill.
+var fillPolicies = map[string]rootfs.FillPolicy{"auto": rootfs.FillAuto, "on": rootfs.FillOn, "off": rootfs.FillOff}
 
 // configText is a configuration file that says what holds without one.
 const configText = `# Lazuli's configuration. Every key may be left out; here is what holds then.
@@ -69,6 +75,11 @@ learn = true
 
 # Put what was learned beside the images as startup packs, for other nodes: with credentials that may push, and at most once an hour for an image.
 share = false
+
+# Fetch the rest of the images that run, so that what runs outlives its registry. "auto": when the link has been idle for 30 seconds,
+# as long as a tenth of the disk is free and the store is smaller than max_size. "on": as soon as a start has come to rest. "off": never.
+# A layer that has arrived whole is then read once more to verify it (see verify).
+fill = "off"
 
 # containerd's own socket, to which the calls of CRI's image service are passed on.
 containerd = "/run/containerd/containerd.sock"
@@ -113,6 +124,7 @@ func (c *config) flags(f *pflag.FlagSet) {
 func (c *config) load(f *pflag.FlagSet) error {
 	file := config{
 		Root: c.Root, HostsDir: "/etc/containerd/certs.d", Socket: "/run/lazuli/lazuli.sock", Containerd: "/run/containerd/containerd.sock",
+		Fill: "off",
 		file: c.file,
 	}
 	b, err := os.ReadFile(c.file)
@@ -164,6 +176,9 @@ func (c *config) parse(b []byte) error {
 	if errors.As(err, &at) {
 		row, _ := at.Position()
 		return fmt.Errorf("line %d: %w", row, err)
+	}
+	if _, ok := fillPolicies[c.Fill]; !ok && err == nil {
+		return fmt.Errorf("fill = %q: want auto, on or off", c.Fill)
 	}
 	return err
 }

@@ -117,6 +117,7 @@ func (a *app) serve(cmd *cobra.Command) error {
 		Unverified:  a.Verify != nil && !*a.Verify,
 		Unlearned:   a.unlearned(),
 		Share:       a.Share,
+		Fill:        fillPolicies[a.Fill],
 		Containerd:  a.Containerd,
 		Metrics:     a.Metrics,
 		Version:     version,

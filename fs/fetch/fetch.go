@@ -56,6 +56,7 @@ type Layer struct {
 
 	// Under Queue.mu:
 	streams [4]stream
+	density density
 	turn    int          // the stream that is replaced next
 	whole   *wholeFlight // nil if the layer is not being fetched whole
 }
@@ -135,6 +136,8 @@ type Queue struct {
 
 	demandSlots, aheadSlots, fillSlots, decoders chan struct{}
 	waiting                                      atomic.Int64 // demand reads that wait
+	packing                                      atomic.Int64 // startup packs that arrive, which hold fills up
+	active                                       atomic.Int64 // when last somebody waited, or something came that is no fill's, in Unix nanoseconds
 	quiet                                        chan struct{}
 	quietMu                                      sync.Mutex
 
@@ -170,6 +173,7 @@ func New(s *store.Store, o Options) *Queue {
 		q.timeout = time.Minute
 	}
 	q.lot.limit = maxParked
+	q.Touch()
 	q.ctx, q.cancel = context.WithCancelCause(context.Background())
 	return q
 }
@@ -348,18 +352,29 @@ func (q *Queue) WaitQuiet(ctx context.Context) error { return q.waitQuiet(ctx, n
 
 // waitQuiet returns when no demand read waits, when promoted is closed, or with an error when ctx ends.
 func (q *Queue) waitQuiet(ctx context.Context, promoted <-chan struct{}) error {
-	for q.waiting.Load() > 0 {
+	return q.waitUntil(ctx, promoted, func() bool { return q.waiting.Load() == 0 })
+}
+
+// waitFree is waitQuiet for fills, which leave the link to startup packs too.
+func (q *Queue) waitFree(ctx context.Context, promoted <-chan struct{}) error {
+	return q.waitUntil(ctx, promoted, func() bool { return q.waiting.Load() == 0 && q.packing.Load() == 0 })
+}
+
+// waitUntil returns when quiet, which becomes true only where calm is called, when promoted is closed, or with an error when
+// ctx ends.
+func (q *Queue) waitUntil(ctx context.Context, promoted <-chan struct{}, quiet func() bool) error {
+	for !quiet() {
 		q.quietMu.Lock()
 		if q.quiet == nil {
 			q.quiet = make(chan struct{})
 		}
-		quiet := q.quiet
+		calm := q.quiet
 		q.quietMu.Unlock()
-		if q.waiting.Load() == 0 { // the last one left before it could see our channel
+		if quiet() { // the last one left before it could see our channel
 			break
 		}
 		select {
-		case <-quiet:
+		case <-calm:
 		case <-promoted:
 			return nil
 		case <-ctx.Done():
@@ -369,27 +384,71 @@ func (q *Queue) waitQuiet(ctx context.Context, promoted <-chan struct{}) error {
 	return context.Cause(ctx)
 }
 
+// calm has those look again who wait in waitUntil.
+func (q *Queue) calm() {
+	q.quietMu.Lock()
+	defer q.quietMu.Unlock()
+	if q.quiet != nil {
+		close(q.quiet)
+		q.quiet = nil
+	}
+}
+
 // wait counts a demand read as waiting until the returned function is called.
 func (q *Queue) wait() (done func()) {
 	q.waiting.Add(1)
 	begun := time.Now()
+	q.active.Store(begun.UnixNano())
 	return func() {
-		q.waits.add(time.Since(begun))
-		if q.waiting.Add(-1) > 0 {
-			return
+		end := time.Now()
+		q.active.Store(end.UnixNano())
+		q.waits.add(end.Sub(begun))
+		if q.waiting.Add(-1) == 0 {
+			q.calm()
 		}
-		q.quietMu.Lock()
-		if q.quiet != nil {
-			close(q.quiet)
-			q.quiet = nil
+	}
+}
+
+// holdFills keeps fills off the link until free is called.
+func (q *Queue) holdFills() (free func()) {
+	q.packing.Add(1)
+	return sync.OnceFunc(func() {
+		if q.packing.Add(-1) == 0 {
+			q.calm()
 		}
-		q.quietMu.Unlock()
+	})
+}
+
+// Touch says that the link is about to be wanted: [Queue.WaitIdle] counts from here.
+func (q *Queue) Touch() { q.active.Store(time.Now().UnixNano()) }
+
+// WaitIdle returns when for pause no demand read has waited and nothing has come that was not a fill's, or with an error when ctx
+// ends.
+func (q *Queue) WaitIdle(ctx context.Context, pause time.Duration) error {
+	for {
+		if err := q.waitFree(ctx, nil); err != nil {
+			return err
+		}
+		left := pause - time.Since(time.Unix(0, q.active.Load()))
+		if left <= 0 {
+			return nil
+		}
+		select {
+		case <-time.After(left):
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
 	}
 }
 
 // Fill fetches everything of the layers, which were added, that is not in the store, in the order of the blobs. It returns
 // when all of it is in, or with the first error: also that of a store that does not take it.
 func (q *Queue) Fill(ctx context.Context, layers ...*Layer) error {
+	return q.FillWhen(ctx, func(context.Context) error { return nil }, layers...)
+}
+
+// FillWhen is Fill that calls turn before each request, and makes it when turn returns nil. An error of turn's is returned.
+func (q *Queue) FillWhen(ctx context.Context, turn func(context.Context) error, layers ...*Layer) error {
 	for _, l := range layers {
 		// What others are fetching already is passed over, and may come to nothing: hence the second look.
 		for pass := 0; !q.complete(l); pass++ {
@@ -399,7 +458,7 @@ func (q *Queue) Fill(ctx context.Context, layers ...*Layer) error {
 			if pass == attempts {
 				return fmt.Errorf("%s: objects went away while it was filled", l.Name)
 			}
-			if err := q.fill(ctx, l); err != nil {
+			if err := q.fill(ctx, turn, l); err != nil {
 				return err
 			}
 		}
@@ -455,8 +514,11 @@ func (q *Queue) complete(l *Layer) bool {
 }
 
 // fill fetches what is missing of l and not on its way, and waits for both.
-func (q *Queue) fill(ctx context.Context, l *Layer) error {
+func (q *Queue) fill(ctx context.Context, turn func(context.Context) error, l *Layer) error {
 	if l.Table.Compression() == toc.Whole {
+		if err := turn(ctx); err != nil {
+			return err
+		}
 		return q.whole(ctx, l)
 	}
 	var under [][]*flight // runs that were begun and not yet waited for, oldest first
@@ -476,10 +538,17 @@ func (q *Queue) fill(ctx context.Context, l *Layer) error {
 		return nil
 	}
 	for m := 0; m < l.Table.NumMembers(); {
-		if err := q.waitQuiet(ctx, nil); err != nil {
-			return err
+		if q.seen(l, m) { // needs no turn
+			m++
+			continue
 		}
 		if err := reap(fillRequests - 1); err != nil {
+			return err
+		}
+		if err := turn(ctx); err != nil {
+			return err
+		}
+		if err := q.waitFree(ctx, nil); err != nil {
 			return err
 		}
 		var flights []*flight

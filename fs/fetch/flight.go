@@ -49,6 +49,7 @@ type flight struct {
 	end   int64 // of the frame, in bytes of the pack
 
 	// Under Queue.mu:
+	asked   bool    // a reader wants it
 	arrived bool    // its bytes are here
 	parked  *parked // they are parked
 
@@ -182,6 +183,7 @@ func (q *Queue) join(l *Layer, m int) (f *flight, arrived bool) {
 		f.waiters.Add(1)
 		f.run.promote()
 		q.wake(f)
+		q.ask(f)
 		arrived = f.arrived
 	}
 	return f, arrived
@@ -318,8 +320,13 @@ func (q *Queue) startRun(l *Layer, m, end int, size int64, p priority, wanted in
 			continue
 		}
 		f := &flight{id: id, refs: l.Table.MemberRefs(m), run: r, done: make(chan struct{})}
+		if p != background {
+			start, end := l.Table.Member(m)
+			l.density.brought += end - start
+		}
 		if m < wanted {
 			f.waiters.Store(1)
+			q.ask(f)
 		}
 		q.flights[id] = f
 		flights = append(flights, f)
@@ -487,6 +494,9 @@ func (b *body) Read(p []byte) (int, error) {
 	}
 	b.n += int64(n)
 	b.q.fetched.Add(int64(n))
+	if b.r.priority != background || b.r.urgent() {
+		b.q.Touch()
+	}
 	if err != nil {
 		err = b.cause(err)
 	}
@@ -541,7 +551,7 @@ func (q *Queue) yield(ctx context.Context, r *run) error {
 	if r.priority != background || r.urgent() {
 		return context.Cause(ctx)
 	}
-	return q.waitQuiet(ctx, r.promoted)
+	return q.waitFree(ctx, r.promoted)
 }
 
 // landOrRetry decodes a member. What does not verify is fetched once more: it may have been damaged on the way.

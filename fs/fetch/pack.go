@@ -79,6 +79,9 @@ func (p *packed) came(arrived int64) {
 	p.latest.Store(int64(time.Since(p.begun)))
 }
 
+// packHold is for how long a pack keeps fills off the link: a pack that never ends must not do so for ever.
+const packHold = time.Minute
+
 // PackStats says what came of a startup pack.
 type PackStats struct {
 	Bytes   int64 // of its frames that arrived
@@ -125,6 +128,9 @@ func (q *Queue) Pack(ctx context.Context, x *pack.Index, at int64, open func(ctx
 	for _, l := range layers {
 		l.packed.Store(true)
 	}
+	free := q.holdFills()
+	defer free()
+	defer time.AfterFunc(packHold, free).Stop()
 	begun := time.Now()
 	u := &unpacking{q: q, layers: layers, x: x, at: at, open: open, p: &packed{begun: begun}}
 	err := u.expect()
@@ -371,6 +377,7 @@ func (b *packBody) fill(ctx context.Context, p []byte, off, end int64) error {
 		b.u.q.fetched.Add(int64(m))
 		if m > 0 {
 			b.u.p.came(end - int64(len(p)-n))
+			b.u.q.Touch()
 		}
 		if err != nil && n < len(p) {
 			return noEOF(err)

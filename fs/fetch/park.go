@@ -32,7 +32,7 @@ type lot struct {
 func (q *Queue) parkOrLand(f *flight, b []byte, from *body) {
 	q.mu.Lock()
 	f.arrived = true
-	if f.run.parks && !f.wanted && f.waiters.Load() == 0 && !q.closed && f.id.layer.ctx.Err() == nil {
+	if f.run.parks && !f.wanted && !f.id.layer.density.dense && f.waiters.Load() == 0 && !q.closed && f.id.layer.ctx.Err() == nil {
 		f.parked = &parked{b: b, from: from}
 		f.parked.at = q.lot.list.PushBack(f)
 		q.lot.bytes += int64(len(b))
@@ -98,23 +98,33 @@ func (q *Queue) clearLot() {
 			return // Close drops what is left
 		}
 		for q.reads.Load() == reads {
-			if !q.landParked() {
-				return
+			if !q.landParked(nil) {
+				q.mu.Lock()
+				empty := q.lot.list.Len() == 0 || q.closed
+				if empty {
+					q.lot.busy = false
+				}
+				q.mu.Unlock()
+				if empty {
+					return
+				}
 			}
 		}
 	}
 }
 
-// landParked decodes what has been parked for longest, and reports false if nothing is.
-func (q *Queue) landParked() bool {
+// landParked decodes what has been parked for longest, of a layer or with nil of all, and reports false if nothing is.
+func (q *Queue) landParked(l *Layer) bool {
 	q.mu.Lock()
-	front := q.lot.list.Front()
-	if front == nil || q.closed {
-		q.lot.busy = false
+	e := q.lot.list.Front()
+	for e != nil && l != nil && e.Value.(*flight).id.layer != l {
+		e = e.Next()
+	}
+	if e == nil || q.closed {
 		q.mu.Unlock()
 		return false
 	}
-	f := front.Value.(*flight)
+	f := e.Value.(*flight)
 	p := q.unpark(f)
 	q.mu.Unlock()
 	q.decoders <- struct{}{}

@@ -75,6 +75,10 @@ type Options struct {
 	// Daemon makes mounts that outlive the process: [Node.Serve] begins to serve them, or goes on where another
 	// process was. Only one process at a time can have a root folder so.
 	Daemon bool
+	// Fill says when the rest of images is fetched for which [Chain.Fill] or [Rootfs.FillBehind] was called.
+	Fill FillPolicy
+	// Room reports whether the store may grow by what nobody has asked for. Nil is yes; the disk is asked in any case.
+	Room func() bool
 }
 
 // A Node is one root folder in use by one process. It may be used by several goroutines.
@@ -87,6 +91,7 @@ type Node struct {
 	log    *slog.Logger
 	store  *store.Store
 	queue  *fetch.Queue
+	fills  *fills
 	server *serve.Server // nil until the first Mount
 
 	mu      sync.Mutex
@@ -154,6 +159,7 @@ func Open(root string, o Options) (*Node, error) {
 		return nil, err
 	}
 	n.queue = fetch.New(n.store, fetch.Options{Logger: o.Logger, ReadTimeout: o.ReadTimeout})
+	n.fills = newFills(n.log, n.fillNow)
 	return n, nil
 }
 
@@ -238,6 +244,7 @@ func (n *Node) Close() error {
 	n.learning.work.Wait()
 	n.learning.cancel()
 	var errs []error
+	n.fills.close()
 	switch {
 	case n.daemon && n.server != nil:
 		errs = append(errs, n.server.Stop())

@@ -13,6 +13,7 @@ import (
 	"net"
 	"net/http"
 	"path/filepath"
+	"sync/atomic"
 	"time"
 
 	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
@@ -37,8 +38,9 @@ type Options struct {
 	Unverified  bool          // leave diffIDs unverified
 	Unlearned   bool          // learn nothing from starts
 	Share       bool          // put startup packs of what was learned beside the images
-	Containerd  string        // containerd's socket, for the CRI image proxy
-	Metrics     string        // TCP address for metrics and /healthz; "" is none
+	Fill        rootfs.FillPolicy
+	Containerd  string // containerd's socket, for the CRI image proxy
+	Metrics     string // TCP address for metrics and /healthz; "" is none
 	Version     string
 	Logger      *slog.Logger // nil is silent
 }
@@ -53,6 +55,7 @@ type server struct {
 	keychain *credentials.Keychain
 	mounts   mounts
 	metrics  *metrics
+	full     atomic.Bool // the store is as large as it may be
 }
 
 // ErrOpen says that the root folder cannot be used.
@@ -68,6 +71,7 @@ func Serve(ctx context.Context, child *keeper.Child, o Options) error {
 	nodeOptions := rootfs.Options{
 		Logger: o.Logger, ReadTimeout: o.ReadTimeout, Hosts: o.Hosts, Daemon: true,
 		Keychain: keychain{&s.keychain}, Unlearned: o.Unlearned,
+		Fill: o.Fill, Room: func() bool { return !s.full.Load() },
 	}
 	share := &sharer{
 		remote: remote.Options{Keychain: nodeOptions.Keychain, Hosts: o.Hosts, Logger: s.log}, log: s.log, last: map[v1.Hash]time.Time{},
@@ -201,6 +205,7 @@ func (s *server) boundLoop(ctx context.Context) {
 		}
 		limit := s.limit()
 		freed, left, err := s.node.Bound(limit)
+		s.full.Store(left >= limit)
 		switch {
 		case err != nil:
 			s.log.Warn("the store cannot be kept in bounds", "err", err)

@@ -108,11 +108,13 @@ func (m *mounts) add(s *server, r *rootfs.Rootfs, o owner, fill bool, before fet
 			}
 		})
 	}
+	stopFill := r.FillBehind()
 	go func() {
 		defer close(x.done)
 		waitOrphan(ctx, cancel, r, o)
 		cancel()
 		filling.Wait()
+		stopFill()
 		x.err = r.Close()
 		m.mu.Lock()
 		delete(m.m, x.id)

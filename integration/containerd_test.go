@@ -188,7 +188,13 @@ func (n *node) traces() []string {
 func (n *node) settle(t testing.TB, before []string) {
 	t.Helper()
 	var left []string
-	for end := time.Now().Add(patience); ; time.Sleep(20 * time.Millisecond) {
+	for end, next := time.Now().Add(patience), time.Now(); ; time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(next) {
+			// containerd removes snapshots when it collects garbage, which it puts off while the machine is busy, unless it is told to.
+			n.ctr("leases", "create", "--id", "settle")
+			n.ctr("leases", "delete", "--sync", "settle")
+			next = time.Now().Add(5 * time.Second)
+		}
 		left = slices.DeleteFunc(n.traces(), func(s string) bool { return slices.Contains(before, s) })
 		if len(left) == 0 {
 			return

@@ -493,7 +493,9 @@ func startDaemon(t testing.TB, o daemonOptions) *Daemon {
 	if o.Hosts == "" {
 		o.Hosts = dir + "/nohosts"
 	}
-	config := fmt.Sprintf("socket = %q\nhosts_dir = %q\nfill = %q\n", d.Socket, o.Hosts, cmp.Or(o.Fill, "off"))
+	// It would read a layer that is complete once more to verify it, whenever it sees that: tests count requests. Those that are about
+	// that ask for it.
+	config := fmt.Sprintf("socket = %q\nhosts_dir = %q\nfill = %q\nverify = false\n", d.Socket, o.Hosts, cmp.Or(o.Fill, "off"))
 	if o.Containerd != "" {
 		config += fmt.Sprintf("containerd = %q\n", o.Containerd)
 	}

@@ -31,9 +31,6 @@ import (
 	"lazuli/convert"
 )
 
-// unverified has a daemon leave complete layers alone: it would fetch them once more to verify them, whenever it sees that they are.
-const unverified = "verify = false\n"
-
 // quiet waits until the daemon fetches nothing: it reads ahead of readers who have what they want.
 func (d *Daemon) quiet(t testing.TB) {
 	t.Helper()
@@ -131,7 +128,7 @@ func TestLoadOne(t *testing.T) {
 	image, layers := registry.Push(t, layout, "load"), layerDigests(t, layout)
 
 	load := func(containers int) (requests int, bytes int64) {
-		n := startNode(t, daemonOptions{More: unverified}, containerdOptions{})
+		n := startNode(t, daemonOptions{}, containerdOptions{})
 		before := n.traces()
 		barrier := filepath.Join(n.Dir, "barrier")
 		must(t, os.Mkdir(barrier, 0o755))
@@ -226,7 +223,7 @@ func TestLoadMany(t *testing.T) {
 		want = append(want, fmt.Sprintf("%x  /l%d\n%x  /l%d", sha256.Sum256(content(g)), g, sha256.Sum256(content(groups+i)), groups+i))
 	}
 
-	n := startNode(t, daemonOptions{More: unverified}, containerdOptions{})
+	n := startNode(t, daemonOptions{}, containerdOptions{})
 	before := n.traces()
 	registry.Reset()
 	atOnce(images, func(i int) {
@@ -255,7 +252,7 @@ func TestNamespaces(t *testing.T) {
 	layout, want := jobImage(t)
 	registry := NewRegistry(t, RegistryOptions{})
 	image := registry.Push(t, layout, "shared")
-	n := startNode(t, daemonOptions{More: unverified}, containerdOptions{})
+	n := startNode(t, daemonOptions{}, containerdOptions{})
 	before := n.traces()
 	must(t, n.pull(image))
 	n.job(t, image, "a", want)
@@ -368,7 +365,7 @@ func TestCycles(t *testing.T) {
 	layout, want := jobImage(t)
 	registry := NewRegistry(t, RegistryOptions{})
 	image, other := registry.Push(t, layout, "cycle"), registry.Push(t, layout, "other")
-	n := startNode(t, daemonOptions{More: unverified, Env: []string{"GODEBUG=memprofilerate=1"}}, containerdOptions{})
+	n := startNode(t, daemonOptions{Env: []string{"GODEBUG=memprofilerate=1"}}, containerdOptions{})
 	must(t, n.pull(image))
 	n.job(t, image, "first", want) // from now on its metadata image is mounted, until it is removed
 	before := n.traces()
@@ -451,7 +448,7 @@ func TestMemory(t *testing.T) {
 	needRoot(t)
 	const images, files = 10, 100_000
 	registry := NewRegistry(t, RegistryOptions{})
-	n := startNode(t, daemonOptions{More: unverified}, containerdOptions{})
+	n := startNode(t, daemonOptions{}, containerdOptions{})
 	heap := func() int64 {
 		n.daemon.collect(t)
 		body, err := n.daemon.get("/metrics")
@@ -547,7 +544,7 @@ func TestLayers127(t *testing.T) {
 	ordinary := runnableLayout(t, nil, layers...)
 	converted := convertLayout(t, ordinary, convert.Options{})
 	registry := NewRegistry(t, RegistryOptions{})
-	n := startNode(t, daemonOptions{More: unverified}, containerdOptions{})
+	n := startNode(t, daemonOptions{}, containerdOptions{})
 	before := n.traces()
 	for _, c := range []struct{ name, layout string }{{"lazy", converted}, {"ordinary", ordinary}} {
 		image := registry.Push(t, c.layout, c.name)
@@ -602,7 +599,7 @@ func TestUsage(t *testing.T) {
 	layout, want := jobImage(t)
 	registry := NewRegistry(t, RegistryOptions{})
 	image := registry.Push(t, layout, "usage")
-	n := startNode(t, daemonOptions{More: unverified}, containerdOptions{})
+	n := startNode(t, daemonOptions{}, containerdOptions{})
 	must(t, n.pull(image))
 	top := chainID(t, layout)
 	if size, inodes := n.usage(t, top); size != 0 || inodes != 0 {
@@ -649,7 +646,7 @@ func TestPullAgain(t *testing.T) {
 	layout, want := jobImage(t)
 	registry := NewRegistry(t, RegistryOptions{})
 	image := registry.Push(t, layout, "again")
-	n := startNode(t, daemonOptions{More: unverified}, containerdOptions{})
+	n := startNode(t, daemonOptions{}, containerdOptions{})
 	before := n.traces()
 	for i := range 2 {
 		registry.Reset()

@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help build demo test race bench fuzz lint check clean
+.PHONY: help build demo manual test race bench starts fuzz lint check clean
 
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
 MODULES := $(dir $(shell git ls-files -co --exclude-standard go.mod "*/go.mod" 2>/dev/null || echo go.mod))
@@ -21,6 +21,9 @@ build: ## bin/lazuli, one static binary
 demo: build ## a Python job from a lazy image, beside a full pull and unpack (root; IMAGE=ref, JOB='cmd arg…')
 	LAZULI_BUILT=1 deploy/demo.sh
 
+manual: build ## what docs/containerd.md says, step by step with a containerd of its own (root; IMAGE=ref, JOB='cmd arg…')
+	@[[ -n "$${CONTAINERD_BIN:-}" ]] || export CONTAINERD_BIN=$$(deploy/tools.sh containerd); LAZULI=$(CURDIR)/bin/lazuli deploy/containerd.sh
+
 test: build ## all tests; as root, or those that mount are skipped (CI=true: a skip is a failure)
 	@for m in $(MODULES); do (cd $$m && "$(CURDIR)/deploy/test.sh" -timeout 40m ./...); done
 
@@ -32,6 +35,10 @@ bench: ## benchmarks: of packages, of the converter and its peers, against the p
 	[[ -e $(CACHE)/images/py/index.json ]] || go run ./integration/debian -dir $(CACHE)/images py
 	LAZULI_BENCH_IMAGE=oci:$(CACHE)/images/py go test -run '^$$' -bench '$(CONVERT)' -benchtime 1x -timeout 120m ./convert
 	go test -run '^$$' -bench '$(BENCH)' -benchtime 1x -timeout 120m ./integration
+	$(MAKE) starts
+
+starts: ## cold starts: images, links and systems in turn, as a table, JSON and a picture in .cache/starts (root; hours; STARTS=flags, see --help)
+	go run ./integration/bench -out .cache/starts $(STARTS)
 
 fuzz: ## each fuzz target for FUZZTIME (30s)
 	@grep -rlE --include='*_test.go' '^func Fuzz' . | xargs -n1 dirname | sort -u | while read -r dir; do \

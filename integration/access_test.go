@@ -347,7 +347,7 @@ x-team = "blue"
 // asksForMore reports whether a request asks what else there is about an image, such as a startup pack. What is nowhere is looked for at
 // all hosts, the dead ones last.
 func asksForMore(q *http.Request) bool {
-	return strings.Contains(q.URL.Path, "/referrers/") || strings.Contains(q.URL.Path, "/manifests/sha256-")
+	return Request{Path: q.URL.Path}.looksUp()
 }
 
 // A door is an address at which a registry can be had while it is open.

@@ -10,6 +10,7 @@ dir=$cache/$1-$(cat go.mod go.sum | sha256sum | cut -c1-16)
 exec 9>"$dir.lock"
 flock 9
 if [[ ! -d $dir ]]; then
+	echo "building the programs of integration/$1, which takes minutes" >&2
 	rm -rf "$dir.new"
 	go build -ldflags '-s -w' -o "$dir.new/" tool >&2
 	mv "$dir.new" "$dir"

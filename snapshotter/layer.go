@@ -17,8 +17,6 @@ type layer struct {
 	Verified bool `json:"verified,omitempty"`
 	// Bad says why nothing may start from the layer. "" if nothing is known against it.
 	Bad string `json:"bad,omitempty"`
-	// Parent names the parent snapshot, for who looks for the layer without the database.
-	Target string `json:"target,omitempty"` // the chain's ID, as containerd calls it
 }
 
 const (

@@ -54,7 +54,7 @@ func (s *Snapshotter) prepareLazy(ctx context.Context, target, key, parent strin
 		if snap, err = storage.CreateSnapshot(ctx, snapshots.KindActive, key, parent, opts...); err != nil {
 			return err
 		}
-		l := &layer{Target: target}
+		l := &layer{}
 		l.Layers = []rootfs.RecordLayer{record}
 		if err := os.MkdirAll(s.dir(snap.ID), 0o711); err != nil {
 			return err

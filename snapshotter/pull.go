@@ -1,6 +1,7 @@
 package snapshotter
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -44,25 +45,18 @@ type request struct {
 // parseRequest returns what the labels say, and false if they do not say enough: then the layer is unpacked as usual.
 func parseRequest(target string, labels map[string]string) (q request, ok bool) {
 	var err error
-	if q.ref, err = remote.ParseReference(or(labels[labelRef], labels[labelStargzRef])); err != nil {
+	if q.ref, err = remote.ParseReference(cmp.Or(labels[labelRef], labels[labelStargzRef])); err != nil {
 		return q, false
 	}
-	if q.layer, err = v1.NewHash(or(labels[labelLayer], labels[labelStargzLayer])); err != nil {
+	if q.layer, err = v1.NewHash(cmp.Or(labels[labelLayer], labels[labelStargzLayer])); err != nil {
 		return q, false
 	}
 	q.manifest, _ = v1.NewHash(labels[labelManifest])
 	q.diffID, _ = v1.NewHash(labels[labelDiffID])
 	q.toc = labels[toc.DigestAnnotation]
 	q.target = target
-	q.top = or(labels[labelLayers], labels[labelStargzLayers]) == q.layer.String()
+	q.top = cmp.Or(labels[labelLayers], labels[labelStargzLayers]) == q.layer.String()
 	return q, q.ref.Kind() == remote.Registry
-}
-
-func or(a, b string) string {
-	if a == "" {
-		return b
-	}
-	return a
 }
 
 // A pull is one image whose layers containerd is asking for, one after the other. All of them are resolved at the

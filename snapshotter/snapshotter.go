@@ -520,7 +520,7 @@ func (s *Snapshotter) scan(ctx context.Context, snap storage.Snapshot, info snap
 	if err != nil {
 		return nil, err
 	}
-	l := &layer{Verified: true, Target: target}
+	l := &layer{Verified: true}
 	if q, ok := parseRequest(target, info.Labels); ok && q.manifest.Hex != "" {
 		// If a file is ever lost, it can be had again.
 		record.Digest, record.Reference = q.layer.String(), q.ref.At(q.manifest).String()

@@ -2,6 +2,7 @@ package fetch
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -302,7 +303,7 @@ func (u *unpacking) read(ctx context.Context) error {
 			body.close()
 			if tries++; ctx.Err() != nil || tries > packTries {
 				buffers.put(b)
-				return fmt.Errorf("startup pack: at byte %d: %w", off, or(context.Cause(ctx), err))
+				return fmt.Errorf("startup pack: at byte %d: %w", off, cmp.Or(context.Cause(ctx), err))
 			}
 		}
 		switch {
@@ -333,13 +334,6 @@ func (u *unpacking) read(ctx context.Context) error {
 		})
 	}
 	return nil
-}
-
-func or(err, other error) error {
-	if err != nil {
-		return err
-	}
-	return other
 }
 
 // A packBody is the stream of a pack.

@@ -3,7 +3,6 @@ package main
 import (
 	"bytes"
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"os"
@@ -97,33 +96,21 @@ func build(ctx context.Context, cache, lazuli string) (p Programs, err error) {
 			return p, err
 		}
 	}
-	tools, err := containerd(ctx, filepath.Join(root, "integration", "containerd"), cache)
+	tools, err := containerd(ctx, root, cache)
 	p.Containerd, p.Ctr = filepath.Join(tools, "containerd"), filepath.Join(tools, "ctr")
 	return p, err
 }
 
-// containerd returns the folder of containerd's programs, and builds them if they are not there. Its name is made of the
-// module's files, as in the tests.
-func containerd(ctx context.Context, module, cache string) (string, error) {
-	h := sha256.New()
-	for _, name := range []string{"go.mod", "go.sum"} {
-		b, err := os.ReadFile(filepath.Join(module, name))
-		if err != nil {
-			return "", err
-		}
-		h.Write(b)
+// containerd returns the folder of containerd's programs, which deploy/tools.sh builds if they are not there.
+func containerd(ctx context.Context, root, cache string) (string, error) {
+	c := exec.CommandContext(ctx, filepath.Join(root, "deploy", "tools.sh"), "containerd")
+	c.Env = append(os.Environ(), "LAZULI_CACHE="+cache)
+	c.Stderr = os.Stderr
+	out, err := c.Output()
+	if err != nil {
+		return "", fmt.Errorf("deploy/tools.sh containerd: %w", errors.Join(err, ctx.Err()))
 	}
-	dir := filepath.Join(cache, fmt.Sprintf("containerd-%x", h.Sum(nil)[:8]))
-	return dir, locked(dir+".lock", func() error {
-		if _, err := os.Stat(dir); err == nil {
-			return nil
-		}
-		say("building containerd, which takes minutes")
-		if err := errors.Join(os.RemoveAll(dir+".new"), run(ctx, "go", "build", "-C", module, "-ldflags", "-s -w", "-o", dir+".new/", "tool")); err != nil {
-			return err
-		}
-		return os.Rename(dir+".new", dir)
-	})
+	return strings.TrimSpace(string(out)), nil
 }
 
 // locked calls f while no other process does so with the same lock.

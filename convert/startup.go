@@ -165,7 +165,7 @@ func (c *contents) pack(ctx context.Context, b *pack.Builder, p *profile.Profile
 		for _, y := range batch {
 			data, err := c.chunk(ctx, layerOf[y.Key], y.Chunk)
 			if err == nil {
-				err = b.Chunk(y.Key, y.Index, data)
+				err = b.Chunk(y.Key, y.Index, y.Path, data)
 			}
 			if err != nil {
 				return nil, err

@@ -222,6 +222,30 @@ func TestStartupPack(t *testing.T) {
 		c.cold()
 		c.ok("profile", "pack", "--profile", recorded, "--push", ref)
 		c.coldStarts(r, ref, wantRebuilt, layerDigests(t, rebuilt))
+
+		// The build after it finds that pack by its tag, and what has changed since by the paths: eight files, in a few requests
+		// and before they are read, if the job is not faster.
+		next, wantNext := packImage(t, 1, 3)
+		ref = r.Push(t, next, "rebuilt")
+		layers := layerDigests(t, next)
+		few := false
+		for range 6 {
+			c.cold()
+			r.Reset()
+			if out := c.ok("run", ref); out != wantNext {
+				t.Fatalf("output:\n%s\nwant:\n%s", out, wantNext)
+			}
+			more := requests(r.Log(), layers)["layers"] - len(layers)
+			if more < 1 {
+				t.Fatalf("nothing of the layers was fetched, but they have changed: %v", r.Log())
+			}
+			if few = more <= 4; few {
+				break
+			}
+		}
+		if !few {
+			t.Errorf("changed files were fetched one by one: %v", r.Log())
+		}
 	})
 }
 

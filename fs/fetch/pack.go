@@ -135,7 +135,7 @@ func (q *Queue) Pack(ctx context.Context, x *pack.Index, at int64, open func(ctx
 	begun := time.Now()
 	u := &unpacking{q: q, layers: layers, x: x, at: at, open: open, p: &packed{begun: begun}}
 	err := u.expect()
-	if u.foreign > 0 { // of another build: what has changed since is read as if there were no pack
+	if u.foreign > 0 && x.Paths == nil { // of another build: what has changed since is read as if there were no pack
 		for _, l := range layers {
 			l.packed.Store(false)
 		}

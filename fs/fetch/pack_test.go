@@ -44,7 +44,7 @@ func (s *sample) packOf(t testing.TB, files ...file) *startup {
 			}
 			chunks := s.toc.Content(e)
 			for i, c := range chunks {
-				if err := b.Chunk(toc.ObjectKey(chunks), i, f.data[c.FileOffset:c.FileOffset+c.Size]); err != nil {
+				if err := b.Chunk(toc.ObjectKey(chunks), i, f.name, f.data[c.FileOffset:c.FileOffset+c.Size]); err != nil {
 					t.Fatal(err)
 				}
 			}

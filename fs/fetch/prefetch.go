@@ -29,8 +29,10 @@ const (
 	maxLeap = 256 << 10
 	// aheadBatch is how many bytes of blobs are put in the order of the blobs rather than in that of the wants.
 	aheadBatch = 8 << 20
-	// aheadRuns is how many requests are under way for a list of wants: demand reads share the link with them.
-	aheadRuns = 3
+	// aheadRuns is how many requests are under way for a list of wants: demand reads share the link with them. Small ones, which wait for
+	// their round trip more than they use the link, may be more: so many that aheadBytes are under way.
+	aheadRuns  = 3
+	aheadBytes = 2 << 20
 )
 
 // Ahead fetches the chunks that are wanted of some layers, which were added, and that are not here, roughly in the order of the wants and in
@@ -66,8 +68,15 @@ type wanting struct {
 	seen   map[memberID]bool // members that were wanted before
 	batch  []memberID        // that are wanted and not asked for yet, in the order of the wants
 	bytes  int64             // of batch
-	under  [][]*flight       // runs that were begun and not waited for yet, oldest first
+	under  []under           // runs that were begun and not waited for yet, oldest first
+	flying int64             // bytes of under
 	stats  AheadStats
+}
+
+// An under is a run that was begun.
+type under struct {
+	flights []*flight
+	bytes   int64 // of the blob
 }
 
 // add adds a want to the batch, unless it is here or comes with a startup pack.
@@ -136,13 +145,18 @@ func stretches(layers []*Layer, batch []memberID) (list []stretch) {
 // send asks for the batch.
 func (w *wanting) send(ctx context.Context) error {
 	for _, s := range stretches(w.layers, w.batch) {
-		if err := w.reap(ctx, aheadRuns-1); err != nil {
+		keep := aheadRuns - 1
+		if w.flying < aheadBytes {
+			keep = aheadRequests - 1
+		}
+		if err := w.reap(ctx, keep); err != nil {
 			return err
 		}
 		if flights := w.q.startStretch(s); len(flights) > 0 {
-			w.under = append(w.under, flights)
 			start, _ := s.layer.Table.Member(flights[0].id.member)
 			_, end := s.layer.Table.Member(flights[len(flights)-1].id.member)
+			w.under = append(w.under, under{flights, end - start})
+			w.flying += end - start
 			w.stats.Bytes += end - start
 			w.stats.Runs++
 		}
@@ -154,7 +168,7 @@ func (w *wanting) send(ctx context.Context) error {
 // reap waits until at most so many runs are under way. What fails is for who reads it to hear of.
 func (w *wanting) reap(ctx context.Context, keep int) error {
 	for len(w.under) > keep {
-		for _, f := range w.under[0] {
+		for _, f := range w.under[0].flights {
 			if !f.wanted {
 				continue // it may stay parked
 			}
@@ -162,6 +176,7 @@ func (w *wanting) reap(ctx context.Context, keep int) error {
 				return err
 			}
 		}
+		w.flying -= w.under[0].bytes
 		w.under = w.under[1:]
 	}
 	return nil

@@ -1,13 +1,13 @@
 // Package pack is the startup pack: what a start of an image touches, as one blob, in the order in which
 // it is touched, so that one request brings it in a stream that is used while it arrives.
 //
-// A pack begins with an index: which tables of contents follow, and which chunks of which objects are in which frame. Then
-// come the tables as they lie in the layers' blobs, and the frames, each compressed by itself. docs/pack.md is its
-// specification.
+// A pack begins with an index: which tables of contents follow, which chunks of which objects are in which frame, and at which paths
+// the objects lie. Then come the tables as they lie in the layers' blobs, and the frames, each compressed by itself. docs/pack.md is
+// its specification.
 //
 // Nothing trusts a pack. It has no digests of its own: a table of contents is checked against the manifest, a chunk against
 // the table of contents, by whoever takes it. A pack that lies costs a request and never gives a wrong byte. What
-// this package promises is that [ReadIndex] takes memory in proportion to the bytes that arrive, and that
+// this package promises is that [ReadIndex] takes memory in proportion to the bytes that arrive, but for 16 MiB of paths, and that
 // every place in an [Index] lies within the pack.
 //
 // An Index is immutable. A [Builder] belongs to one goroutine.
@@ -81,8 +81,8 @@ func Command(entrypoint, cmd []string) string {
 }
 
 const (
-	magic      = "LZPACK02"
-	headerSize = 24 // magic 8, tables 4, frames 4, chunks 4, reserved 4
+	magic      = "LZPACK03"
+	headerSize = 24 // magic 8, tables 4, frames 4, chunks 4, paths 4
 	tableSize  = 40 // digest 32, length 8
 	frameSize  = 12 // length 4, inflated 4, chunks 4
 	chunkSize  = 16 // object 8, chunk 4, size 4
@@ -91,6 +91,8 @@ const (
 	maxTables = 1 << 12
 	maxFrames = 1 << 18
 	maxChunks = 1 << 20
+	maxPaths  = 16 << 20 // bytes of all paths together, compressed or not
+	maxPath   = 4 << 10  // bytes of one on average, with the zero behind it: PATH_MAX
 	// MaxFrame is the most bytes that a frame may have, compressed or not: one chunk of the largest size.
 	MaxFrame = toc.MaxChunkSize
 )
@@ -119,8 +121,9 @@ type Frame struct {
 type Index struct {
 	Tables []Table
 	Frames []Frame
-	Size   int64 // of the whole pack, in bytes
-	Start  int64 // of the index: where the first table begins
+	Paths  map[uint64]string // of objects, from the root, in the image that the pack was made of; nil if it does not say
+	Size   int64             // of the whole pack, in bytes
+	Start  int64             // of the index: where the first table begins
 }
 
 // ReadIndex reads the index that r begins with. r is then at the first table.
@@ -141,11 +144,11 @@ func readIndex(r io.Reader) (*Index, error) {
 	if string(h[:8]) != magic {
 		return nil, errors.New("it does not begin like one")
 	}
-	tables, frames, chunks := le.Uint32(h[8:]), le.Uint32(h[12:]), le.Uint32(h[16:])
-	if tables > maxTables || frames > maxFrames || chunks > maxChunks {
-		return nil, fmt.Errorf("%d tables, %d frames, %d chunks: at most %d, %d and %d are possible", tables, frames, chunks, maxTables, maxFrames, maxChunks)
+	tables, frames, chunks, paths := le.Uint32(h[8:]), le.Uint32(h[12:]), le.Uint32(h[16:]), le.Uint32(h[20:])
+	if tables > maxTables || frames > maxFrames || chunks > maxChunks || paths > maxPaths {
+		return nil, fmt.Errorf("%d tables, %d frames, %d chunks, %d bytes of paths: at most %d, %d, %d and %d are possible", tables, frames, chunks, paths, maxTables, maxFrames, maxChunks, maxPaths)
 	}
-	n := int64(tables)*tableSize + int64(frames)*frameSize + int64(chunks)*chunkSize
+	n := int64(tables)*tableSize + int64(frames)*frameSize + int64(chunks)*chunkSize + int64(paths)
 	var buf bytes.Buffer // grows with what arrives, not with what was claimed
 	if _, err := io.CopyN(&buf, r, n); err != nil {
 		return nil, err
@@ -182,10 +185,49 @@ func readIndex(r io.Reader) (*Index, error) {
 		b := buf.Next(chunkSize)
 		all[i] = Chunk{binary.BigEndian.Uint64(b), int(le.Uint32(b[8:])), int(le.Uint32(b[12:]))}
 	}
+	var err error
+	if x.Paths, err = readPaths(buf.Bytes(), all); err != nil {
+		return nil, err
+	}
 	for i, n := range counts {
 		x.Frames[i].Chunks, all = all[:n:n], all[n:]
 	}
 	return x, nil
+}
+
+// readPaths reads the list of paths, compressed, of the objects that chunks are of.
+func readPaths(packed []byte, chunks []Chunk) (map[uint64]string, error) {
+	if len(packed) == 0 {
+		return nil, nil
+	}
+	r, err := zstd.NewReader(bytes.NewReader(packed), zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(maxPaths), zstd.WithDecoderLowmem(true))
+	if err != nil {
+		return nil, err
+	}
+	defer r.Close()
+	most := min(int64(len(chunks))*maxPath, maxPaths)
+	list, err := io.ReadAll(io.LimitReader(r, most+1))
+	if err == nil && int64(len(list)) > most {
+		err = fmt.Errorf("more than %d bytes", most)
+	}
+	paths := map[uint64]string{}
+	for _, c := range chunks {
+		if _, ok := paths[c.Object]; ok || err != nil {
+			continue
+		}
+		path, rest, ok := bytes.Cut(list, []byte{0})
+		if !ok {
+			err = io.ErrUnexpectedEOF
+		}
+		paths[c.Object], list = string(path), rest
+	}
+	if err == nil && len(list) > 0 {
+		err = errors.New("more than objects")
+	}
+	if err != nil {
+		return nil, fmt.Errorf("its paths: %w", err)
+	}
+	return paths, nil
 }
 
 func noEOF(err error) error {
@@ -205,6 +247,10 @@ type Builder struct {
 	pending []byte // of the frame that is not full yet
 	chunks  []Chunk
 	encoder *zstd.Encoder
+
+	objects map[uint64]bool
+	paths   []byte // of the objects in the order of their first chunks, each with a zero behind it
+	named   bool   // one of them is not empty
 }
 
 // frameTarget is how many bytes share a frame, unless one chunk is larger: so many that small files compress well together, and so
@@ -217,14 +263,24 @@ func (b *Builder) Table(digest toc.Digest, compressed []byte) {
 	b.bytes = append(b.bytes, compressed)
 }
 
-// Chunk adds chunk i of the object named key, whose bytes are p. Chunks come in the order of their first touch.
-func (b *Builder) Chunk(key toc.Digest, i int, p []byte) error {
+// Chunk adds chunk i of the object named key, whose bytes are p. Chunks come in the order of their first touch. path is one
+// of the object's, from the root, or "" if it is unknown; what the first chunk of an object says counts.
+func (b *Builder) Chunk(key toc.Digest, i int, path string, p []byte) error {
 	if len(b.pending) > 0 && len(b.pending)+len(p) > frameTarget {
 		if err := b.flush(); err != nil {
 			return err
 		}
 	}
-	b.chunks = append(b.chunks, Chunk{binary.BigEndian.Uint64(key[:]), i, len(p)})
+	object := binary.BigEndian.Uint64(key[:])
+	if !b.objects[object] {
+		if b.objects == nil {
+			b.objects = map[uint64]bool{}
+		}
+		b.objects[object] = true
+		b.paths = append(append(b.paths, path...), 0)
+		b.named = b.named || path != ""
+	}
+	b.chunks = append(b.chunks, Chunk{object, i, len(p)})
 	b.pending = append(b.pending, p...)
 	if len(b.pending) >= frameTarget {
 		return b.flush()
@@ -236,14 +292,10 @@ func (b *Builder) flush() error {
 	if len(b.pending) == 0 {
 		return nil
 	}
-	if b.encoder == nil {
-		var err error
-		// A pack is made once and read at every start, where inflating takes the same time at every level.
-		if b.encoder, err = zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedBetterCompression), zstd.WithEncoderCRC(false), zstd.WithEncoderConcurrency(1)); err != nil {
-			return err
-		}
+	packed, err := b.compress(b.pending)
+	if err != nil {
+		return err
 	}
-	packed := b.encoder.EncodeAll(b.pending, nil)
 	if len(packed) >= len(b.pending) {
 		packed = bytes.Clone(b.pending)
 	}
@@ -251,6 +303,17 @@ func (b *Builder) flush() error {
 	b.packed = append(b.packed, packed)
 	b.pending, b.chunks = b.pending[:0], nil
 	return nil
+}
+
+func (b *Builder) compress(p []byte) ([]byte, error) {
+	if b.encoder == nil {
+		var err error
+		// A pack is made once and read at every start, where inflating takes the same time at every level.
+		if b.encoder, err = zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedBetterCompression), zstd.WithEncoderCRC(false), zstd.WithEncoderConcurrency(1)); err != nil {
+			return nil, err
+		}
+	}
+	return b.encoder.EncodeAll(p, nil), nil
 }
 
 // WriteTo writes the pack.
@@ -270,7 +333,14 @@ func (b *Builder) WriteTo(w io.Writer) (int64, error) {
 	out = le.AppendUint32(out, uint32(len(b.tables)))
 	out = le.AppendUint32(out, uint32(len(b.frames)))
 	out = le.AppendUint32(out, uint32(chunks))
-	out = le.AppendUint32(out, 0)
+	var paths []byte
+	if b.named && len(b.paths) <= maxPaths {
+		var err error
+		if paths, err = b.compress(b.paths); err != nil {
+			return 0, err
+		}
+	}
+	out = le.AppendUint32(out, uint32(len(paths)))
 	for _, t := range b.tables {
 		out = append(out, t.Digest[:]...)
 		out = le.AppendUint64(out, uint64(t.Size))
@@ -287,6 +357,7 @@ func (b *Builder) WriteTo(w io.Writer) (int64, error) {
 			out = le.AppendUint32(out, uint32(c.Size))
 		}
 	}
+	out = append(out, paths...)
 	n := int64(0)
 	for _, part := range append(append([][]byte{out}, b.bytes...), b.packed...) {
 		m, err := w.Write(part)

@@ -4,8 +4,11 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"encoding/binary"
+	"fmt"
 	"io"
 	"math/rand/v2"
+	"slices"
+	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -19,6 +22,14 @@ type piece struct {
 	p   []byte
 }
 
+// pathOf says of every other object where it lies.
+func pathOf(key toc.Digest) string {
+	if key[0]&1 == 0 {
+		return ""
+	}
+	return fmt.Sprintf("usr/lib/%x", key[:20])
+}
+
 func build(t testing.TB, tables [][]byte, pieces []piece) []byte {
 	t.Helper()
 	var b Builder
@@ -26,7 +37,7 @@ func build(t testing.TB, tables [][]byte, pieces []piece) []byte {
 		b.Table(sha256.Sum256(x), x)
 	}
 	for _, x := range pieces {
-		if err := b.Chunk(x.key, x.i, x.p); err != nil {
+		if err := b.Chunk(x.key, x.i, pathOf(x.key), x.p); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -106,8 +117,38 @@ func TestRoundTrip(t *testing.T) {
 	if diff := cmp.Diff(in, got, cmp.AllowUnexported(piece{})); diff != "" {
 		t.Error(diff)
 	}
+	paths := map[uint64]string{}
+	for _, x := range in {
+		paths[binary.BigEndian.Uint64(x.key[:])] = pathOf(x.key)
+	}
+	if diff := cmp.Diff(paths, x.Paths); diff != "" {
+		t.Error(diff)
+	}
 	if plain == 0 || plain == len(x.Frames) || r.Len() != 0 {
 		t.Errorf("%d of %d frames are not compressed, %d bytes left", plain, len(x.Frames), r.Len())
+	}
+}
+
+// TestBadPaths: a list of paths that is too long, too short or no list is an error, however small it is.
+func TestBadPaths(t *testing.T) {
+	whole := build(t, nil, pieces(3))
+	le := binary.LittleEndian
+	size := le.Uint32(whole[20:])
+	begin := headerSize + 12*int(le.Uint32(whole[12:])) + 16*int(le.Uint32(whole[16:]))
+	for name, list := range map[string][]byte{
+		"long":  bytes.Repeat([]byte("x\x00"), 4),
+		"short": []byte("x\x00y\x00z"),
+		"bomb":  make([]byte, 3*maxPath+1),
+		"junk":  nil,
+	} {
+		packed, _ := new(Builder).compress(list)
+		if list == nil {
+			packed = []byte("junk")
+		}
+		p := slices.Concat(whole[:20], le.AppendUint32(nil, uint32(len(packed))), whole[headerSize:begin], packed, whole[begin+int(size):])
+		if _, err := ReadIndex(bytes.NewReader(p)); err == nil || !strings.Contains(err.Error(), "paths") {
+			t.Errorf("%s: %v", name, err)
+		}
 	}
 }
 

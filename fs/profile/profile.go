@@ -148,6 +148,7 @@ func (p *Profile) Bound(n int) *Profile {
 
 // A Chunk is one chunk of a file that a profile wants.
 type Chunk struct {
+	Path  string     // of the file, the first that the profile names of those with the object
 	Key   toc.Digest // of the object
 	Index int
 	toc.Chunk
@@ -157,6 +158,7 @@ type Chunk struct {
 // chunks of the file at a path, or nil if the image has none there.
 func (p *Profile) Chunks(share float64, file func(path string) []toc.Chunk) []Chunk {
 	type known struct {
+		path   string
 		key    toc.Digest
 		chunks []toc.Chunk
 		seen   map[int]bool
@@ -173,7 +175,7 @@ func (p *Profile) Chunks(share float64, file func(path string) []toc.Chunk) []Ch
 			if chunks := file(x.Path); len(chunks) > 0 {
 				key := toc.ObjectKey(chunks)
 				if k = objects[key]; k == nil {
-					k = &known{key, chunks, map[int]bool{}}
+					k = &known{x.Path, key, chunks, map[int]bool{}}
 					objects[key] = k
 				}
 			}
@@ -186,7 +188,7 @@ func (p *Profile) Chunks(share float64, file func(path string) []toc.Chunk) []Ch
 		for i, c := range k.chunks {
 			if c.FileOffset < to && c.FileOffset+c.Size > from && !k.seen[i] && !c.Hole {
 				k.seen[i] = true
-				list = append(list, Chunk{k.key, i, c})
+				list = append(list, Chunk{k.path, k.key, i, c})
 			}
 		}
 	}

@@ -574,27 +574,57 @@ func (n *Node) learnedOf(ctx context.Context, ref remote.Reference, image *remot
 	return n.learned(repositoryOf(ref), commandOf(config))
 }
 
-// wants returns the chunks that a profile names, by the paths, of images whose tables of contents are given. A whiteout is not
+// contents returns what lies at the paths that are keys of files in an image whose tables of contents are given. A whiteout is not
 // looked at: at worst something is fetched that nobody sees.
-func wants(p *profile.Profile, tocs []*toc.TOC) []fetch.Want {
+func contents[T any](files map[string]T, tocs []*toc.TOC) map[string][]toc.Chunk {
 	content := map[string][]toc.Chunk{}
-	for _, x := range p.Pieces {
-		content[x.Path] = nil
-	}
 	for _, t := range tocs { // what is above, and what comes later, wins
 		for i := range t.Entries {
 			e := &t.Entries[i]
 			if e.Type != toc.Regular {
 				continue
 			}
-			if _, ok := content[e.Name]; ok {
+			if _, ok := files[e.Name]; ok {
 				content[e.Name] = t.Content(e)
 			}
 		}
 	}
+	return content
+}
+
+// wants returns the chunks that a profile names by the paths.
+func wants(p *profile.Profile, tocs []*toc.TOC) []fetch.Want {
+	named := map[string]bool{}
+	for _, x := range p.Pieces {
+		named[x.Path] = true
+	}
+	content := contents(named, tocs)
 	var list []fetch.Want
 	for _, c := range p.Chunks(0, func(path string) []toc.Chunk { return content[path] }) {
 		list = append(list, fetch.Want{Key: store.Key(c.Key), Chunk: c.Index})
+	}
+	return list
+}
+
+// changed returns what lies now where objects of a pack lay in the image that it was made of, if that is another content: the chunks with the
+// same numbers.
+func changed(x *pack.Index, tocs []*toc.TOC) []fetch.Want {
+	paths := map[string]bool{}
+	for _, path := range x.Paths {
+		paths[path] = true
+	}
+	content := contents(paths, tocs)
+	var list []fetch.Want
+	for i := range x.Frames {
+		for _, c := range x.Frames[i].Chunks {
+			chunks := content[x.Paths[c.Object]]
+			if c.Index >= len(chunks) {
+				continue
+			}
+			if key := toc.ObjectKey(chunks); packNumber(key) != c.Object {
+				list = append(list, fetch.Want{Key: store.Key(key), Chunk: c.Index})
+			}
+		}
 	}
 	return list
 }
@@ -650,7 +680,7 @@ func (s *Startup) arrive(own <-chan *Learned, layers []*fetch.Layer, tocs []*toc
 			s.ahead(rest, layers)
 		})
 	}
-	_, err := s.into(layers)
+	_, err := s.into(layers, tocs)
 	s.once.Do(func() { close(s.indexed) })
 	work.Wait()
 	if err != nil {
@@ -666,7 +696,7 @@ func (s *Startup) ahead(list []fetch.Want, layers []*fetch.Layer) {
 	}
 	begun := time.Now()
 	stats, err := s.n.queue.Ahead(s.ctx, list, layers...)
-	s.n.log.Debug("fetched ahead what was learned", "image", s.ref.String(), "chunks", stats.Chunks, "here", stats.Here, "requests", stats.Runs, "bytes", stats.Bytes, "took", time.Since(begun), "err", err)
+	s.n.log.Debug("fetched ahead what a start wants", "image", s.ref.String(), "chunks", stats.Chunks, "here", stats.Here, "requests", stats.Runs, "bytes", stats.Bytes, "took", time.Since(begun), "err", err)
 }
 
 // packNumber is what a pack calls an object.

@@ -1,7 +1,9 @@
 package rootfs
 
 import (
+	"crypto/sha256"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -9,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 
 	"lazuli/fs/fetch"
@@ -16,6 +19,7 @@ import (
 	"lazuli/fs/profile"
 	"lazuli/fs/remote"
 	"lazuli/fs/store"
+	"lazuli/fs/toc"
 )
 
 // paths are the files of a profile, each once, with the largest share of a piece.
@@ -144,5 +148,44 @@ func TestBoundProfiles(t *testing.T) {
 	must(t, boundProfiles(dir, 4, 2500))
 	if got := left(); !slices.Equal(got, []string{"4", "5"}) {
 		t.Errorf("left: %v", got)
+	}
+}
+
+// TestChanged: what lies at a pack's paths is wanted if it has another content than the pack brings, the highest layer's.
+func TestChanged(t *testing.T) {
+	digest := func(s string) toc.Digest { return sha256.Sum256([]byte(s)) }
+	layer := func(files map[string][]string) *toc.TOC {
+		l := new(toc.TOC)
+		for _, name := range slices.Sorted(maps.Keys(files)) {
+			e := toc.Entry{Name: name, Type: toc.Regular, FirstChunk: uint32(len(l.Chunks)), NumChunks: uint32(len(files[name]))}
+			for _, content := range files[name] {
+				l.Chunks = append(l.Chunks, toc.Chunk{Digest: digest(content), Size: 10})
+				e.Size += 10
+			}
+			l.Entries = append(l.Entries, e)
+		}
+		return l
+	}
+	key := func(l *toc.TOC, name string) toc.Digest {
+		i := slices.IndexFunc(l.Entries, func(e toc.Entry) bool { return e.Name == name })
+		return toc.ObjectKey(l.Content(&l.Entries[i]))
+	}
+	old := layer(map[string][]string{"same": {"a"}, "other": {"b", "c"}, "shorter": {"d", "e"}, "hidden": {"f"}, "gone": {"g"}, "unnamed": {"h"}})
+	low := layer(map[string][]string{"same": {"a"}, "other": {"x", "c"}, "shorter": {"y"}, "hidden": {"f"}, "unnamed": {"z"}})
+	high := layer(map[string][]string{"hidden": {"w"}})
+	x := &pack.Index{Paths: map[uint64]string{}}
+	for _, c := range []struct {
+		name  string
+		chunk int
+	}{{"shorter", 1}, {"hidden", 0}, {"same", 0}, {"other", 0}, {"gone", 0}, {"unnamed", 0}, {"other", 1}} {
+		n := packNumber(key(old, c.name))
+		x.Frames = append(x.Frames, pack.Frame{Chunks: []pack.Chunk{{Object: n, Index: c.chunk}}})
+		if x.Paths[n] = c.name; c.name == "unnamed" {
+			x.Paths[n] = ""
+		}
+	}
+	want := []fetch.Want{{Key: store.Key(key(high, "hidden"))}, {Key: store.Key(key(low, "other"))}, {Key: store.Key(key(low, "other")), Chunk: 1}}
+	if diff := cmp.Diff(want, changed(x, []*toc.TOC{low, high})); diff != "" {
+		t.Error(diff)
 	}
 }

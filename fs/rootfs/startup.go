@@ -325,8 +325,9 @@ func newestPack(list []v1.Descriptor) (best v1.Descriptor, rank int) {
 	return best, rank
 }
 
-// into puts the pack, if there is one, into the store, for layers that were added to the queue.
-func (s *Startup) into(layers []*fetch.Layer) (fetch.PackStats, error) {
+// into puts the pack, if there is one, into the store, for layers that were added to the queue, and beside it what is now where its files
+// were if it is of another build.
+func (s *Startup) into(layers []*fetch.Layer, tocs []*toc.TOC) (fetch.PackStats, error) {
 	select {
 	case <-s.ready:
 	case <-s.ctx.Done():
@@ -352,6 +353,9 @@ func (s *Startup) into(layers []*fetch.Layer) (fetch.PackStats, error) {
 			body.Close()
 		}
 		return s.blob.Range(ctx, off, s.index.Size-off)
+	}
+	if s.digest == (v1.Hash{}) && s.index.Paths != nil {
+		s.work.Go(func() { s.ahead(changed(s.index, tocs), layers) })
 	}
 	return s.n.queue.Pack(s.ctx, s.index, at, open, layers...)
 }
@@ -574,7 +578,7 @@ func (c Chain) Pack(ctx context.Context, p *profile.Profile, share float64, w io
 			return r, err
 		}
 		for i, x := range part {
-			if err := b.Chunk(x.Key, x.Index, data[i]); err != nil {
+			if err := b.Chunk(x.Key, x.Index, x.Path, data[i]); err != nil {
 				return r, err
 			}
 			r.Content += x.Size

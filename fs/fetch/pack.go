@@ -176,6 +176,8 @@ type unpacking struct {
 	flights []*flight // of the frames, in their order; nil for those that are not needed, or are taken care of
 	here    int       // chunks
 	foreign int       // chunks of objects that no layer has
+	size    int64     // bytes of the frames that are needed, inflated
+	wanted  int64     // of these, that are of chunks that are not here
 
 	work      sync.WaitGroup
 	bad, lost atomic.Int32 // frames that are not what they say, or are not taken by the store
@@ -188,7 +190,7 @@ func (u *unpacking) expect() error {
 	end := int64(0)
 	for i := range u.x.Frames {
 		f := &flight{frame: &u.x.Frames[i], pack: u.p, done: make(chan struct{})}
-		missing, foreign, err := q.missing(f.frame)
+		missing, wanted, foreign, err := q.missing(f.frame)
 		if err != nil {
 			q.log.Debug("startup pack", "frame", i, "err", err)
 			if u.bad.Add(1) >= maxBad {
@@ -198,6 +200,10 @@ func (u *unpacking) expect() error {
 		}
 		u.foreign += foreign
 		u.here += len(f.frame.Chunks) - len(missing) - foreign
+		// At least half of all bytes that are fetched are wanted: so nobody can have more fetched than twice what the layers have.
+		if 2*(u.wanted+wanted) < u.size+int64(f.frame.Inflated) {
+			continue
+		}
 		needed := false
 		q.mu.Lock()
 		for _, id := range missing {
@@ -207,6 +213,8 @@ func (u *unpacking) expect() error {
 			}
 		}
 		if needed {
+			u.size += int64(f.frame.Inflated)
+			u.wanted += wanted
 			end += int64(f.frame.Size)
 			f.end = end
 			u.flights[i] = f
@@ -227,10 +235,10 @@ func (u *unpacking) chunks() (n int) {
 }
 
 // missing returns the chunks of a frame that are not here, or an error if the tables of contents say that the frame cannot be
-// what it claims. foreign are the chunks of objects that no layer has: the pack may be of another
-// build of the image. There are none if less than half of the frame is wanted: so nobody can have more fetched than twice what the layers have.
-func (q *Queue) missing(frame *pack.Frame) (list []packID, foreign int, err error) {
-	size, wanted := int64(0), int64(0)
+// what it claims. wanted are the bytes of these chunks, foreign the chunks of objects that no layer has: the pack may be of another
+// build of the image.
+func (q *Queue) missing(frame *pack.Frame) (list []packID, wanted int64, foreign int, err error) {
+	size := int64(0)
 	for _, c := range frame.Chunks {
 		size += int64(c.Size)
 		o, chunk, err := q.openPacked(c)
@@ -239,11 +247,11 @@ func (q *Queue) missing(frame *pack.Frame) (list []packID, foreign int, err erro
 			continue
 		}
 		if err != nil {
-			return nil, 0, err
+			return nil, 0, 0, err
 		}
 		if int64(c.Size) != chunk.Size {
 			o.Close()
-			return nil, 0, fmt.Errorf("startup pack: chunk %d of object %v has %d bytes, not %d", c.Index, o.key, chunk.Size, c.Size)
+			return nil, 0, 0, fmt.Errorf("startup pack: chunk %d of object %v has %d bytes, not %d", c.Index, o.key, chunk.Size, c.Size)
 		}
 		if !o.has(c.Index) {
 			list = append(list, packID{id(o.key), c.Index})
@@ -252,12 +260,9 @@ func (q *Queue) missing(frame *pack.Frame) (list []packID, foreign int, err erro
 		o.Close()
 	}
 	if size != int64(frame.Inflated) {
-		return nil, 0, fmt.Errorf("startup pack: a frame of %d bytes for chunks of %d", frame.Inflated, size)
+		return nil, 0, 0, fmt.Errorf("startup pack: a frame of %d bytes for chunks of %d", frame.Inflated, size)
 	}
-	if wanted < size/2 { // most of it would be fetched for nothing
-		return nil, foreign, nil
-	}
-	return list, foreign, nil
+	return list, wanted, foreign, nil
 }
 
 // openPacked opens the object that a pack's chunk is of, and returns what its layer's table says of the chunk. The caller closes it.

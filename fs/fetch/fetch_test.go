@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"hash/crc32"
 	"io"
 	"log/slog"
@@ -104,6 +105,28 @@ func TestOneByte(t *testing.T) {
 		}
 		if off := w.blob.asked[0][0]; off < 1<<20-3*testChunk || off > 1<<20+3*testChunk {
 			t.Errorf("asked from byte %d of the blob", off)
+		}
+	})
+}
+
+// Who reads file after file backwards waits once for a window, as who reads forwards does, and nothing is fetched twice.
+func TestBackwards(t *testing.T) {
+	var files []file
+	for i := range 80 {
+		files = append(files, file{fmt.Sprintf("f%02d", i), noise(uint64(i), 100<<10)})
+	}
+	s := build(t, files)
+	synctest.Test(t, func(t *testing.T) {
+		w := s.enter(t)
+		for i := len(files) - 20; i >= 0; i-- {
+			w.want(files[i], 0, 10)
+			synctest.Wait() // nothing is under way when the next one is read
+		}
+		if n, most := w.q.Stats().Misses, int64(2+60*100<<10/minWindow); n > most {
+			t.Errorf("%d reads waited, not at most %d", n, most)
+		}
+		if n, _ := w.blob.delivered(); n > int64(len(s.blob)) {
+			t.Errorf("%d bytes of a blob of %d", n, len(s.blob))
 		}
 	})
 }

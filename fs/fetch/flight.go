@@ -154,7 +154,7 @@ func (q *Queue) demand(o *Object, src source, first, last int, usePack bool) []*
 		_, end := l.Table.Member(to - 1)
 		waits = true
 		window := max(q.window(l, m, to), restOf(src, to))
-		begun, _ := q.startRun(l, m, l.Table.NumMembers(), end-start+window, demand, to)
+		begun, next := q.startRun(l, m, l.Table.NumMembers(), end-start+window, demand, to)
 		for _, f := range begun {
 			if f.id.member >= to {
 				break
@@ -166,6 +166,10 @@ func (q *Queue) demand(o *Object, src source, first, last int, usePack bool) []*
 				}
 			}
 			f.release() // startRun's
+		}
+		if len(begun) > 0 && next < l.Table.NumMembers() && q.had(l, next) {
+			reached, _ := l.Table.Member(next)
+			q.startBefore(l, begun[0].id.member, end+window-reached)
 		}
 		if flights[i-first] == nil { // somebody else began it meanwhile; nil if it arrived too
 			flights[i-first], _ = q.join(l, m)
@@ -192,9 +196,7 @@ func (q *Queue) join(l *Layer, m int) (f *flight, arrived bool) {
 // flying reports whether chunk i of the source's object is on its way.
 func (q *Queue) flying(src source, i int) bool {
 	_, m := src.object.Chunk(i)
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	return q.flights[memberID{src.layer, m}] != nil
+	return q.onItsWay(src.layer, m)
 }
 
 // maxRest is how many bytes of a blob are fetched to have the rest of a file with the piece that is asked for.
@@ -236,6 +238,31 @@ func (q *Queue) window(l *Layer, first, end int) int64 {
 	l.streams[l.turn] = stream{l.memberAt(end, window), window}
 	l.turn = (l.turn + 1) % len(l.streams)
 	return window
+}
+
+// startBefore begins to fetch the members before m that are neither here nor on their way, about size bytes of the blob from the last that
+// is, in a request of its own, so that who waits for m does not wait for them: where what lies behind a miss is here, the reader is going backwards.
+func (q *Queue) startBefore(l *Layer, m int, size int64) {
+	end, _ := l.Table.Member(m)
+	first := m
+	for first > 0 {
+		if start, _ := l.Table.Member(first - 1); end-start > size || q.had(l, first-1) {
+			break
+		}
+		first--
+	}
+	if first < m {
+		q.startRun(l, first, m, size, demand, 0)
+	}
+}
+
+// had reports whether a member is here or on its way.
+func (q *Queue) had(l *Layer, m int) bool { return q.onItsWay(l, m) || q.seen(l, m) }
+
+func (q *Queue) onItsWay(l *Layer, m int) bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return q.flights[memberID{l, m}] != nil
 }
 
 // memberAt returns the member that begins n bytes of the blob behind the beginning of member m.

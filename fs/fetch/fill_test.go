@@ -127,7 +127,7 @@ func (w *world) stalledPack(f file, never <-chan struct{}) {
 	p := w.packOf(w.t, f)
 	w.q.Pack(ctx, p.x, p.at, func(ctx context.Context, _ int64) (io.ReadCloser, error) {
 		return io.NopCloser(stuck{ctx, never}), nil
-	}, w.layer)
+	}, false, w.layer)
 }
 
 type stuck struct {

@@ -112,8 +112,9 @@ var (
 // Pack takes the frames of a startup pack into the store. open returns the pack from byte off on; at is where its first frame begins.
 // layers are those that it has chunks of, and were added. Chunks that are in it are not asked for otherwise while they are expected soon. What is
 // here, or comes with another pack, is not read again. Nothing is believed: frames that cannot be what they say are not even read, what does not
-// verify is dropped, and a pack that has too much of it is given up with [ErrBadPack].
-func (q *Queue) Pack(ctx context.Context, x *pack.Index, at int64, open func(ctx context.Context, off int64) (io.ReadCloser, error), layers ...*Layer) (PackStats, error) {
+// verify is dropped, and a pack that has too much of it is given up with [ErrBadPack]. Unless it is a guess, of which nobody has seen that
+// a start reads it and nothing else, what it lacks is taken to be single: misses have no neighbours fetched.
+func (q *Queue) Pack(ctx context.Context, x *pack.Index, at int64, open func(ctx context.Context, off int64) (io.ReadCloser, error), guess bool, layers ...*Layer) (PackStats, error) {
 	q.mu.Lock()
 	if q.closed {
 		q.mu.Unlock()
@@ -126,9 +127,14 @@ func (q *Queue) Pack(ctx context.Context, x *pack.Index, at int64, open func(ctx
 	defer cancel(nil)
 	defer context.AfterFunc(q.ctx, func() { cancel(errClosed) })()
 
-	for _, l := range layers {
-		l.packed.Store(true)
+	mark := func(packed bool) {
+		for _, l := range layers {
+			if !guess {
+				l.packed.Store(packed)
+			}
+		}
 	}
+	mark(true)
 	free := q.holdFills()
 	defer free()
 	defer time.AfterFunc(packHold, free).Stop()
@@ -136,9 +142,7 @@ func (q *Queue) Pack(ctx context.Context, x *pack.Index, at int64, open func(ctx
 	u := &unpacking{q: q, layers: layers, x: x, at: at, open: open, p: &packed{begun: begun}}
 	err := u.expect()
 	if u.foreign > 0 && x.Paths == nil { // of another build: what has changed since is read as if there were no pack
-		for _, l := range layers {
-			l.packed.Store(false)
-		}
+		mark(false)
 	}
 	if err == nil {
 		u.p.latest.Store(int64(time.Since(begun))) // the network has had no time yet
@@ -156,10 +160,7 @@ func (q *Queue) Pack(ctx context.Context, x *pack.Index, at int64, open func(ctx
 		err = ErrBadPack
 	}
 	if err != nil || s.Bad > 0 {
-		// What it lacks is read as if there had been none.
-		for _, l := range layers {
-			l.packed.Store(false)
-		}
+		mark(false) // what it lacks is read as if there had been none
 	}
 	q.log.Debug("startup pack", "bytes", s.Bytes, "chunks", s.Chunks, "here", s.Here, "foreign", s.Foreign, "bad", s.Bad, "took", time.Since(begun), "err", err)
 	return s, err

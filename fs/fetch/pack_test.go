@@ -108,7 +108,7 @@ func (p *startup) frame(i int) int64 {
 
 // take has the queue take the pack.
 func (w *world) take(p *startup) (PackStats, error) {
-	return w.q.Pack(ctx, p.x, p.at, p.open, w.layer)
+	return w.q.Pack(ctx, p.x, p.at, p.open, false, w.layer)
 }
 
 // nothingLeft shows that no pack is expected any more.
@@ -244,7 +244,7 @@ func TestPackBad(t *testing.T) {
 					go func() {
 						defer close(done)
 						if p != nil {
-							stats, err = w.q.Pack(ctx, p.x, p.at, p.open, w.layer)
+							stats, err = w.q.Pack(ctx, p.x, p.at, p.open, false, w.layer)
 						}
 					}()
 					synctest.Wait()
@@ -477,7 +477,7 @@ func TestPackTwo(t *testing.T) {
 				}
 				ctx, cancel := context.WithCancel(ctx)
 				var all sync.WaitGroup
-				all.Go(func() { w.q.Pack(ctx, a.x, a.at, a.open, w.layer) })
+				all.Go(func() { w.q.Pack(ctx, a.x, a.at, a.open, false, w.layer) })
 				if stall {
 					time.Sleep(time.Second)
 				} else {
@@ -561,7 +561,7 @@ func TestPackEnds(t *testing.T) {
 			p.stall = p.frame(2)
 			ctx, cancel := context.WithCancelCause(ctx)
 			result := make(chan error, 1)
-			go func() { _, err := w.q.Pack(ctx, p.x, p.at, p.open, w.layer); result <- err }()
+			go func() { _, err := w.q.Pack(ctx, p.x, p.at, p.open, false, w.layer); result <- err }()
 			synctest.Wait()
 			why := errors.New("enough")
 			cancel(why)
@@ -646,4 +646,30 @@ func TestPackOtherBuild(t *testing.T) {
 		}
 		w.nothingLeft()
 	})
+}
+
+// TestGuessedPack: what a pack lacks is single if somebody saw the start that it is of, and has neighbours if it is a guess.
+func TestGuessedPack(t *testing.T) {
+	var files []file
+	for i := range 40 {
+		files = append(files, file{fmt.Sprintf("f%02d", i), noise(uint64(i), 10<<10)})
+	}
+	s := build(t, files)
+	for _, guess := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			w := s.enter(t)
+			p := s.packOf(t, files[0])
+			if _, err := w.q.Pack(t.Context(), p.x, p.at, p.open, guess, w.layer); err != nil {
+				t.Fatal(err)
+			}
+			for i := range 30 {
+				w.want(files[10+i*17%30], 0, 10) // not in sequence
+				synctest.Wait()
+			}
+			n := w.blob.requests()
+			if single := n > 10; single == guess {
+				t.Errorf("a guess %v: %d requests for 30 files", guess, n)
+			}
+		})
+	}
 }

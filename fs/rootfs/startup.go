@@ -35,6 +35,7 @@ type Startup struct {
 	blob   remote.Blob   // nil if there is no pack
 	err    error
 	digest v1.Hash // of blob, if it refers to the image's manifest
+	guess  bool    // it has what the command can be seen to need, and no more
 	index  *pack.Index
 	body   *aheadReader // of blob from pos on, or nil
 	pos    int64
@@ -290,6 +291,7 @@ func (s *Startup) find(src remote.Source, digest v1.Hash, image func(context.Con
 	if rank == noPack {
 		return nil, v1.Hash{}, errors.Join(listErr, lastErr)
 	}
+	s.guess = true
 	return src.Blob(best), best.Digest, nil
 }
 
@@ -357,7 +359,7 @@ func (s *Startup) into(layers []*fetch.Layer, tocs []*toc.TOC) (fetch.PackStats,
 	if s.digest == (v1.Hash{}) && s.index.Paths != nil {
 		s.work.Go(func() { s.ahead(changed(s.index, tocs), layers) })
 	}
-	return s.n.queue.Pack(s.ctx, s.index, at, open, layers...)
+	return s.n.queue.Pack(s.ctx, s.index, at, open, s.guess, layers...)
 }
 
 // maxSkip is how many bytes of a pack are read over rather than asked around.

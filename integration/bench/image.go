@@ -141,6 +141,10 @@ func (w *world) prepare(ctx context.Context, im image, f *form) (string, error) 
 		return "", err
 	}
 	w.prepared[ref] = true
+	if f == lazy { // what a conversion into a registry puts beside the image
+		err := run(ctx, w.Lazuli, "--root", filepath.Join(w.Work, "convert"), "convert", "--quiet", ref, ref)
+		return ref, err
+	}
 	if f != packed {
 		return ref, nil
 	}

@@ -67,6 +67,12 @@ func newEndpoint(repo name.Repository, h *host, l *link, stats *counts, opts Opt
 	return e
 }
 
+// within reports whether all that e can be asked is asked of other too, and nothing else is.
+func (e *endpoint) within(other *endpoint) bool {
+	mine, others := e.scheme.Load(), other.scheme.Load()
+	return mine != nil && others != nil && *mine == *others && e.host == other.host && e.base == other.base && e.query == other.query && (other.tags || !e.tags)
+}
+
 // isNear reports whether host (with or without a port) is this machine or has an address of a
 // private network, where docker too accepts a registry without TLS.
 func isNear(host string) bool {

@@ -743,3 +743,31 @@ func TestDistrust(t *testing.T) {
 		wantRequests(t, fmt.Sprintf("upstream, read %d", i), upstream, want[1])
 	}
 }
+
+// TestNamedTwice: a server that is named as a host too is asked once, unless the second naming says something else.
+func TestNamedTwice(t *testing.T) {
+	for toml, want := range map[string]int{
+		"server = 'http://%[1]s'\n[host.'http://%[1]s']\ncapabilities = ['pull', 'resolve']": 1,
+		"server = 'http://%[1]s'\n[host.'http://%[1]s']\ncapabilities = ['pull']":            2, // who says what tags are
+		"server = 'http://%[1]s'\n[host.'https://%[1]s']":                                    2,
+		"server = 'http://%[1]s'\n[host.'http://%[1]s/mirror']":                              2,
+		"server = 'http://%[1]s'\n[host.'http://other.example']\n[host.'http://%[1]s']":      2,
+		"server = 'https://%[1]s'\nskip_verify = true\n[host.'https://%[1]s']":               2,
+		"server = 'http://%[1]s'\n[header]\nauthorization = 'x'\n[host.'http://%[1]s']":      2,
+		"[host.'http://%[1]s']": 2, // the server's scheme is not known yet
+	} {
+		opts := Options{Hosts: t.TempDir()}
+		writeHosts(t, opts.Hosts, "r.example:5000", fmt.Sprintf(toml, "r.example:5000"))
+		ref, err := ParseReference("r.example:5000/app")
+		if err != nil {
+			t.Fatal(err)
+		}
+		src, err := openRegistry(ref, opts)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := len(src.(*registry).endpoints); got != want {
+			t.Errorf("%s\n%d endpoints, want %d", toml, got, want)
+		}
+	}
+}

@@ -13,6 +13,7 @@ import (
 	"net/http/httptrace"
 	"net/url"
 	"runtime/debug"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -108,8 +109,13 @@ func openRegistry(ref Reference, opts Options) (Source, error) {
 		if err != nil {
 			return nil, r.wrap(fmt.Errorf("%s: %w", found.from, err))
 		}
-		if h.pull {
-			r.endpoints = append(r.endpoints, newEndpoint(ref.name.Context(), &h, l, r.stats, opts))
+		if !h.pull {
+			continue
+		}
+		// A server that is named twice, as the documentation's examples do, says no twice.
+		e := newEndpoint(ref.name.Context(), &h, l, r.stats, opts)
+		if h.ownTLS() || h.header != nil || !slices.ContainsFunc(r.endpoints, e.within) {
+			r.endpoints = append(r.endpoints, e)
 		}
 	}
 	return r, nil

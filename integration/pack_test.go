@@ -386,6 +386,8 @@ func TestProfileCommand(t *testing.T) {
 		{[]string{"profile", "--push", "oci:" + lazy}, 2, "is in no registry"},
 		{[]string{"profile", "-o", file("x"), "--for", "soon", image}, 2, "--for"},
 		{[]string{"profile", "-o", file("x"), "--for", "-1s", image}, 2, "more than 0"},
+		{[]string{"profile", "-o", file("x"), "--port", "0", image}, 2, "1 to 65535"},
+		{[]string{"profile", "-o", file("x"), "--port", "8123", image, "echo", "hi"}, 1, "nothing listened on port 8123"},
 		{[]string{"profile", "-o", file("x"), "UPPER"}, 2, "want NAME[:TAG]"},
 		{[]string{"profile", "-o", file("x"), "-v", "/nothing/here:/x", image}, 2, "/nothing/here"},
 		{[]string{"profile", "-o", file("x"), "-e", "=x", image}, 2, "want NAME=value"},
@@ -418,12 +420,13 @@ func TestProfileCommand(t *testing.T) {
 	// What ends it in time, and what need be no registry.
 	c.ok("profile", "-o", file("for"), "--for", "400ms", image, "sh", "-c", "cat /app/f05 >/dev/null; sleep 1000")
 	c.ok("profile", "-o", file("until"), "--until", "LIST", image, "sh", "-c", "cat /app/f07 >/dev/null; echo here is the LIST; sleep 1000")
+	c.ok("profile", "-o", file("port"), "--port", "8123", image, "sh", "-c", "cat /app/f06 >/dev/null; nc -l -p 8123; sleep 1000")
 	c.ok("profile", "-o", file("layout"), "oci:"+lazy, "sh", "-c", "cat /app/f09 >/dev/null")
 	c.ok("profile", "-o", file("plain"), plain)
 	// The same again with an older one: the older share is less, what both have is whole.
 	c.ok("profile", "-o", file("merged"), "--merge", file("until"), image, "sh", "-c", "cat /app/f05 >/dev/null")
 	for name, want := range map[string]string{
-		"for": "app/f05 1", "until": "app/f07 1", "layout": "app/f09 1", "plain": "bin/busybox 1", "merged": "app/f05 0.333 app/f07 0.667 bin/busybox 1",
+		"for": "app/f05 1", "until": "app/f07 1", "port": "app/f06 1", "layout": "app/f09 1", "plain": "bin/busybox 1", "merged": "app/f05 0.333 app/f07 0.667 bin/busybox 1",
 	} {
 		b, err := os.Open(file(name))
 		must(t, err)

@@ -27,6 +27,7 @@ func newProfileCommand(a *app) *cobra.Command {
 		env    []string
 		binds  []string
 		until  string
+		port   int
 		during time.Duration
 		out    string
 		merge  string
@@ -36,9 +37,9 @@ func newProfileCommand(a *app) *cobra.Command {
 		Use:   "profile [flags] IMAGE [ARG…]",
 		Short: "Record what a start reads, and make a startup pack of it",
 		Long: `Profile runs IMAGE as lazuli run does and writes down what the process reads, in its order, until the process ends, its
-output has the text of --until, or --for is over. The profile is a list of pieces of files: it holds for later builds of the
+output has the text of --until, something in it listens on --port, or --for is over. The profile is a list of pieces of files: it holds for later builds of the
 image too. -o FILE writes it; --merge FILE adds the run to an older one, if that file is there, which counts less with each run. With
---until or --for the process is killed then; a process that fails, or ends before its --until, leaves no profile.
+--until, --port or --for the process is killed then; a process that fails, or ends before its --until or --port, leaves no profile.
 
 --push makes a startup pack of it, one blob with all that the start reads, and puts it beside the image into its registry. From
 then on every node fetches it in one request as soon as it starts the image. A pack is trusted with nothing: what is in it
@@ -47,6 +48,7 @@ is verified like everything else, so whoever may push may refresh it. The image 
 ARGs replace the command of the image's config; its entrypoint stays.`,
 		Example: `  lazuli profile --push registry.example.com/app:1-lazy
   lazuli profile --until READY --push registry.example.com/app:1-lazy
+  lazuli profile --port 8080 --push registry.example.com/web:1-lazy
   lazuli profile -o app.profile registry.example.com/app:1-lazy make test
   lazuli profile pack --profile app.profile --push registry.example.com/app:2-lazy`,
 		Args: cobra.MinimumNArgs(1),
@@ -56,6 +58,8 @@ ARGs replace the command of the image's config; its entrypoint stays.`,
 				return &usageError{errors.New("profile: say what is to come of it: -o FILE, --push, or both")}
 			case during < 0:
 				return &usageError{fmt.Errorf("profile: --for %v: want more than 0", during)}
+			case cmd.Flags().Changed("port") && (port < 1 || port > 65535):
+				return &usageError{fmt.Errorf("profile: --port %d: want 1 to 65535", port)}
 			}
 			ref, err := pushable(args[0], push)
 			if err != nil {
@@ -79,7 +83,7 @@ ARGs replace the command of the image's config; its entrypoint stays.`,
 			}
 			o.Args = args[1:]
 			return a.withRecorder(cmd, func(node *rootfs.Node) error {
-				p, chain, image, err := a.record(cmd, node, ref, o, until, during)
+				p, chain, image, err := a.record(cmd, node, ref, o, ending{until, port, during})
 				if err != nil {
 					return err
 				}
@@ -99,6 +103,7 @@ ARGs replace the command of the image's config; its entrypoint stays.`,
 	f := cmd.Flags()
 	f.SetInterspersed(false)
 	f.StringVar(&until, "until", "", "end when the output has this `TEXT`")
+	f.IntVar(&port, "port", 0, "end when something in the container listens on TCP port `N`")
 	f.DurationVar(&during, "for", 0, "end after this `TIME`, such as 30s, at the latest")
 	f.StringVarP(&out, "output", "o", "", "write the profile to `FILE`")
 	f.StringVar(&merge, "merge", "", "an older profile in `FILE` that the run is added to")
@@ -184,8 +189,15 @@ func (a *app) withRecorder(cmd *cobra.Command, f func(*rootfs.Node) error) (err 
 	return f(node)
 }
 
+// An ending is what ends a recording before the process does. What is zero does not.
+type ending struct {
+	until  string        // in its output
+	port   int           // that something listens on
+	during time.Duration // from its beginning
+}
+
 // record runs the image and returns the profile of what was read.
-func (a *app) record(cmd *cobra.Command, node *rootfs.Node, ref remote.Reference, o bundle.Options, until string, during time.Duration) (p *profile.Profile, chain rootfs.Chain, image *remote.Image, err error) {
+func (a *app) record(cmd *cobra.Command, node *rootfs.Node, ref remote.Reference, o bundle.Options, when ending) (p *profile.Profile, chain rootfs.Chain, image *remote.Image, err error) {
 	ctx, stderr := cmd.Context(), cmd.ErrOrStderr()
 	r, err := node.Mount(ctx, ref, "", rootfs.MountOptions{
 		RW: true, Record: true, Notice: func(s string) { fmt.Fprintln(printable(stderr), s) },
@@ -200,13 +212,20 @@ func (a *app) record(cmd *cobra.Command, node *rootfs.Node, ref remote.Reference
 	}
 	enough, end := context.WithCancelCause(ctx)
 	defer end(nil)
-	if during > 0 {
-		timer := time.AfterFunc(during, func() { end(errEnough) })
+	if when.during > 0 {
+		timer := time.AfterFunc(when.during, func() { end(errEnough) })
 		defer timer.Stop()
 	}
 	stdio := bundle.IO{Stdin: cmd.InOrStdin(), Stdout: cmd.OutOrStdout(), Stderr: stderr}
-	if until != "" {
-		w := &watcher{text: []byte(until), found: func() { end(errEnough) }}
+	if when.port > 0 {
+		stdio.Started = func(pid int) {
+			if bundle.Listening(enough, pid, when.port) {
+				end(errEnough)
+			}
+		}
+	}
+	if when.until != "" {
+		w := &watcher{text: []byte(when.until), found: func() { end(errEnough) }}
 		stdio.Stdout, stdio.Stderr = io.MultiWriter(stdio.Stdout, w), io.MultiWriter(stdio.Stderr, w)
 	}
 	code, err := bundle.Run(enough, a.bundles(), spec, stdio)
@@ -217,8 +236,10 @@ func (a *app) record(cmd *cobra.Command, node *rootfs.Node, ref remote.Reference
 		return nil, chain, nil, err
 	case code != 0:
 		return nil, chain, nil, fmt.Errorf("profile %v: the process ended with code %d: nothing is recorded of a start that failed", ref, code)
-	case until != "":
-		return nil, chain, nil, fmt.Errorf("profile %v: the process ended and nothing it printed had %q", ref, until)
+	case when.until != "":
+		return nil, chain, nil, fmt.Errorf("profile %v: the process ended and nothing it printed had %q", ref, when.until)
+	case when.port > 0:
+		return nil, chain, nil, fmt.Errorf("profile %v: the process ended and nothing listened on port %d", ref, when.port)
 	}
 	chain = r.Chain()
 	p, err = chain.Profile(r.Recorded())

@@ -21,10 +21,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"runtime"
 	"strconv"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/klauspost/compress/zstd"
+	"golang.org/x/sync/errgroup"
 
 	"lazuli/fs/toc"
 )
@@ -241,16 +243,22 @@ func noEOF(err error) error {
 type Builder struct {
 	tables []Table
 	bytes  [][]byte // of the tables
-	frames []Frame
-	packed [][]byte // of the frames
+	frames []*frame
 
 	pending []byte // of the frame that is not full yet
 	chunks  []Chunk
 	encoder *zstd.Encoder
+	work    errgroup.Group // compresses frames
 
 	objects map[uint64]bool
 	paths   []byte // of the objects in the order of their first chunks, each with a zero behind it
 	named   bool   // one of them is not empty
+}
+
+// A frame is one that is being compressed, or was.
+type frame struct {
+	Frame
+	packed []byte
 }
 
 // frameTarget is how many bytes share a frame, unless one chunk is larger: so many that small files compress well together, and so
@@ -288,39 +296,44 @@ func (b *Builder) Chunk(key toc.Digest, i int, path string, p []byte) error {
 	return nil
 }
 
+// flush has the frame compressed behind the caller.
 func (b *Builder) flush() error {
 	if len(b.pending) == 0 {
 		return nil
 	}
-	packed, err := b.compress(b.pending)
-	if err != nil {
+	if err := b.open(); err != nil {
 		return err
 	}
-	if len(packed) >= len(b.pending) {
-		packed = bytes.Clone(b.pending)
-	}
-	b.frames = append(b.frames, Frame{len(packed), len(b.pending), b.chunks})
-	b.packed = append(b.packed, packed)
-	b.pending, b.chunks = b.pending[:0], nil
+	p := b.pending
+	f := &frame{Frame: Frame{Inflated: len(p), Chunks: b.chunks}}
+	b.frames = append(b.frames, f)
+	b.pending, b.chunks = nil, nil
+	b.work.Go(func() error {
+		if f.packed = b.encoder.EncodeAll(p, nil); len(f.packed) >= len(p) {
+			f.packed = p
+		}
+		f.Size = len(f.packed)
+		return nil
+	})
 	return nil
 }
 
-func (b *Builder) compress(p []byte) ([]byte, error) {
+// open makes the encoder. A pack is made once and read at every start: the best level takes 60 ms for a megabyte and is 6 % smaller than the one
+// that is four times as fast, and inflating takes the same time.
+func (b *Builder) open() (err error) {
 	if b.encoder == nil {
-		var err error
-		// A pack is made once and read at every start, where inflating takes the same time at every level.
-		if b.encoder, err = zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedBetterCompression), zstd.WithEncoderCRC(false), zstd.WithEncoderConcurrency(1)); err != nil {
-			return nil, err
-		}
+		b.work.SetLimit(runtime.GOMAXPROCS(0))
+		b.encoder, err = zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedBestCompression), zstd.WithEncoderCRC(false))
 	}
-	return b.encoder.EncodeAll(p, nil), nil
+	return err
 }
 
 // WriteTo writes the pack.
 func (b *Builder) WriteTo(w io.Writer) (int64, error) {
-	if err := b.flush(); err != nil {
+	if err := errors.Join(b.flush(), b.open()); err != nil {
 		return 0, err
 	}
+	b.work.Wait()
 	le := binary.LittleEndian
 	out := []byte(magic)
 	chunks := 0
@@ -335,10 +348,7 @@ func (b *Builder) WriteTo(w io.Writer) (int64, error) {
 	out = le.AppendUint32(out, uint32(chunks))
 	var paths []byte
 	if b.named && len(b.paths) <= maxPaths {
-		var err error
-		if paths, err = b.compress(b.paths); err != nil {
-			return 0, err
-		}
+		paths = b.encoder.EncodeAll(b.paths, nil)
 	}
 	out = le.AppendUint32(out, uint32(len(paths)))
 	for _, t := range b.tables {
@@ -358,8 +368,12 @@ func (b *Builder) WriteTo(w io.Writer) (int64, error) {
 		}
 	}
 	out = append(out, paths...)
+	parts := append([][]byte{out}, b.bytes...)
+	for _, f := range b.frames {
+		parts = append(parts, f.packed)
+	}
 	n := int64(0)
-	for _, part := range append(append([][]byte{out}, b.bytes...), b.packed...) {
+	for _, part := range parts {
 		m, err := w.Write(part)
 		n += int64(m)
 		if err != nil {

@@ -141,7 +141,11 @@ func TestBadPaths(t *testing.T) {
 		"bomb":  make([]byte, 3*maxPath+1),
 		"junk":  nil,
 	} {
-		packed, _ := new(Builder).compress(list)
+		b := new(Builder)
+		if err := b.open(); err != nil {
+			t.Fatal(err)
+		}
+		packed := b.encoder.EncodeAll(list, nil)
 		if list == nil {
 			packed = []byte("junk")
 		}

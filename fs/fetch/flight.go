@@ -153,7 +153,10 @@ func (q *Queue) demand(o *Object, src source, first, last int, usePack bool) []*
 		start, _ := l.Table.Member(m)
 		_, end := l.Table.Member(to - 1)
 		waits = true
-		window := max(q.window(l, m, to), restOf(src, to))
+		window := q.window(l, m, to)
+		if !l.packed.Load() { // else what a start wants of the rest comes with the pack, or came
+			window = max(window, restOf(src, to))
+		}
 		begun, next := q.startRun(l, m, l.Table.NumMembers(), end-start+window, demand, to)
 		for _, f := range begun {
 			if f.id.member >= to {

@@ -4,7 +4,8 @@
 // Three things are asked of a [Queue]: a demand read ([Object.ReadAt]: somebody waits), reading
 // ahead of one (nobody waits yet), and filling ([Queue.Fill]: the rest, so that the node outlives
 // its registry). Demand goes first: a fill that is under way stops taking bytes from the link
-// while a demand read waits for others.
+// while a demand read waits for others. Who reads a blob as a whole for another reason does so like a
+// fill ([Queue.Behind]), and hands over the chunks that go by ([Queue.Offer]).
 //
 // The unit of fetching is the member, a compressed stream: it is fetched once however
 // many readers wait for it, and everything in it is kept. The unit of verification is the chunk.

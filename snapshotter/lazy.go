@@ -137,7 +137,7 @@ func (s *Snapshotter) agree(ctx context.Context, target, parent string, record r
 			return true, nil
 		}
 		s.log.Warn("two images claim the same layer with different content: it is fetched to find out which of them lies", "layer", record.Digest, "and", c.record().Digest, "chain", target)
-		err := s.verify(ctx, c.id, c.name, c.layer)
+		err := s.verify(ctx, c.id, c.name, c.layer, s.node.VerifyDiffID)
 		var lie *rootfs.ErrDiffID
 		if err == nil {
 			return true, nil

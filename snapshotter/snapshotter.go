@@ -46,16 +46,18 @@ type Snapshotter struct {
 
 	mounting singleflight.Group // by id
 	pulls    pulls
+	verifier rootfs.Verifier // of what is filled; nil if nothing is verified
 
 	mu       sync.Mutex
 	closed   bool
-	mounted  map[string]func() // by id: what lets go of the layers
-	removing map[string]bool   // ids whose folders are being removed
-	idle     *sync.Cond        // on mu: removing became empty
-	sweeping bool              // something looks for metadata images that nobody uses
-	again    bool              // and it is to look once more
-	gone     []string          // chains of images that were removed, for it to look at
-	fallback []Fallback        // the last ones
+	mounted  map[string]func()        // by id: what lets go of the layers
+	removing map[string]bool          // ids whose folders are being removed
+	verifies map[string]*verification // by id
+	idle     *sync.Cond               // on mu: removing became empty
+	sweeping bool                     // something looks for metadata images that nobody uses
+	again    bool                     // and it is to look once more
+	gone     []string                 // chains of images that were removed, for it to look at
+	fallback []Fallback               // the last ones
 }
 
 // A Fallback is a layer that containerd was left to unpack although it could have been lazy.
@@ -70,9 +72,12 @@ type Fallback struct {
 func Open(node *rootfs.Node, o Options) (*Snapshotter, error) {
 	s := &Snapshotter{
 		node: node, root: filepath.Join(node.Root(), "snapshots"), log: o.Logger,
-		mounted: map[string]func(){}, removing: map[string]bool{},
+		mounted: map[string]func(){}, removing: map[string]bool{}, verifies: map[string]*verification{},
 	}
 	s.idle = sync.NewCond(&s.mu)
+	if !o.Unverified {
+		s.verifier = s.verifyFilled
+	}
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
 	}
@@ -411,7 +416,7 @@ func (s *Snapshotter) learn(snap storage.Snapshot, chain rootfs.Chain) (over fun
 // filled has the rest of a chain that something runs from fetched behind, until the returned function is called, which
 // calls release too.
 func (s *Snapshotter) filled(chain rootfs.Chain, release func()) func() {
-	stop := chain.Fill()
+	stop := chain.Fill(s.verifier)
 	return func() {
 		stop()
 		release()
@@ -574,6 +579,7 @@ func (s *Snapshotter) removeBehind(id string) {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		delete(s.removing, id)
+		delete(s.verifies, id)
 		s.gone = append(s.gone, image.Chain)
 		s.sweep()
 	})

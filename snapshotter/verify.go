@@ -17,8 +17,12 @@ import (
 	"lazuli/fs/rootfs"
 )
 
-// verifyEvery is how often it is looked for layers that have arrived whole.
-const verifyEvery = 30 * time.Second
+const (
+	// verifyEvery is how often it is looked for layers that have arrived whole.
+	verifyEvery = 30 * time.Second
+	// What could not be verified is tried again after verifyEvery, and then after twice as long each time: it may take the whole blob.
+	lastVerify = time.Hour
+)
 
 // verifyLoop verifies the diffIDs of lazy layers of which everything has arrived.
 func (s *Snapshotter) verifyLoop() {
@@ -52,8 +56,13 @@ func (s *Snapshotter) Verify(ctx context.Context, all bool) error {
 		if l.Verified || l.Bad != "" || !all && !s.node.Complete(l.record()) {
 			return nil
 		}
-		var lie *rootfs.ErrDiffID
-		if err := s.verify(ctx, id, info.Name, l); err != nil && !errors.As(err, &lie) && !errdefs.IsNotFound(err) {
+		switch {
+		case all:
+			err = s.verify(ctx, id, info.Name, l, s.node.VerifyDiffID)
+		case s.verifiable(id):
+			err = s.verifyOnce(ctx, id, info.Name, s.node.VerifyDiffID)
+		}
+		if !settled(err) {
 			errs = append(errs, err)
 		}
 		return nil
@@ -61,9 +70,95 @@ func (s *Snapshotter) Verify(ctx context.Context, all bool) error {
 	return errors.Join(append(errs, err)...)
 }
 
-// verify reads all of a layer, compares its diffID with the one that is claimed, and writes down what came of it. The error
-// is a *rootfs.ErrDiffID if it was a lie, and wraps errdefs.ErrNotFound if the snapshot was removed meanwhile.
-func (s *Snapshotter) verify(ctx context.Context, id, name string, l *layer) error {
+// settled reports whether an error of verify's says that there is nothing to find out any more.
+func settled(err error) bool {
+	var lie *rootfs.ErrDiffID
+	return err == nil || errors.As(err, &lie) || errdefs.IsNotFound(err)
+}
+
+// A verification is one that is under way, or came to nothing.
+type verification struct {
+	busy     bool
+	failures int
+	again    time.Time // not before
+}
+
+// verifiable reports whether it is time to verify a layer.
+func (s *Snapshotter) verifiable(id string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	v := s.verifies[id]
+	return v == nil || !time.Now().Before(v.again)
+}
+
+// verifyOnce is verify of a layer that may be verified already, unless somebody is at it.
+func (s *Snapshotter) verifyOnce(ctx context.Context, id, name string, read func(context.Context, rootfs.RecordLayer) error) error {
+	s.mu.Lock()
+	v := s.verifies[id]
+	if v == nil {
+		v = &verification{}
+		s.verifies[id] = v
+	}
+	if v.busy {
+		s.mu.Unlock()
+		return nil
+	}
+	v.busy = true
+	s.mu.Unlock()
+	var err error
+	l, lerr := s.readLayer(id)
+	if lerr == nil && !l.Verified && l.Bad == "" { // else it is being removed, or somebody was faster
+		err = s.verify(ctx, id, name, l, read)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	v.busy = false
+	switch {
+	case settled(err):
+		delete(s.verifies, id)
+	case ctx.Err() == nil:
+		v.again = time.Now().Add(min(verifyEvery<<min(v.failures, 10), lastVerify))
+		v.failures++
+	}
+	return err
+}
+
+// verifyFilled is the snapshotter's [rootfs.Verifier]: what is found out holds for all snapshots of the layer that claim the same.
+func (s *Snapshotter) verifyFilled(ctx context.Context, r rootfs.RecordLayer, read func(context.Context, rootfs.RecordLayer) error) error {
+	var claimed string
+	var outcome error
+	once := func(ctx context.Context, r rootfs.RecordLayer) error {
+		if claimed == "" {
+			claimed, outcome = r.DiffID, read(ctx, r)
+		}
+		if claimed != r.DiffID {
+			return errAnotherClaim
+		}
+		return outcome
+	}
+	var errs []error
+	err := s.each(ctx, func(id string, info snapshots.Info) error {
+		if info.Kind != snapshots.KindCommitted || ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		l, err := s.readLayer(id)
+		if err != nil || l.Verified || l.Bad != "" || l.record().ID != r.ID || l.record().Digest != r.Digest {
+			return nil
+		}
+		if err := s.verifyOnce(ctx, id, info.Name, once); err != nil {
+			errs = append(errs, err)
+		}
+		return nil
+	})
+	return errors.Join(append(errs, err)...)
+}
+
+// errAnotherClaim is no outcome: the layer is read again for that claim when all of it is here.
+var errAnotherClaim = errors.New("another snapshot of the layer, which claims another diffID, was verified first")
+
+// verify has all of a layer read, by [rootfs.Node.VerifyDiffID] or what does the same, which compares its diffID with the one that is
+// claimed, and writes down what came of it. The error is a *rootfs.ErrDiffID if it was a lie, and wraps errdefs.ErrNotFound if the snapshot was removed meanwhile.
+func (s *Snapshotter) verify(ctx context.Context, id, name string, l *layer, read func(context.Context, rootfs.RecordLayer) error) error {
 	r := l.record()
 	var err error
 	if r.DiffID == "" {
@@ -71,7 +166,7 @@ func (s *Snapshotter) verify(ctx context.Context, id, name string, l *layer) err
 		l.Layers[0] = r
 	}
 	if err == nil {
-		err = s.node.VerifyDiffID(ctx, r)
+		err = read(ctx, r)
 	}
 	var lie *rootfs.ErrDiffID
 	switch {

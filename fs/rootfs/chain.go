@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"sync"
@@ -77,6 +76,7 @@ func (r RecordLayer) layer() *layer {
 // Layer makes a lazy layer of an image known to the node: its table of contents is fetched, unless it is here, and
 // verified. It returns that too, for [Chain.Build]. Of a layer that is not lazy the error wraps [toc.ErrNotLazy].
 func (n *Node) Layer(ctx context.Context, rl remote.Layer, ref remote.Reference, diffID v1.Hash) (RecordLayer, *toc.TOC, error) {
+	n.queue.Touch()
 	l, err := newLayer(rl, diffID)
 	if err != nil {
 		return RecordLayer{}, nil, err
@@ -308,6 +308,7 @@ func (n *Node) source(ref remote.Reference) (remote.Source, error) {
 
 // Image returns the image that ref names by its digest.
 func (n *Node) Image(ctx context.Context, ref remote.Reference, digest v1.Hash) (*remote.Image, error) {
+	n.queue.Touch() // a pull wants the link
 	src, err := n.source(ref)
 	if err != nil {
 		return nil, err
@@ -344,65 +345,6 @@ func (n *Node) Complete(r RecordLayer) bool {
 	u := n.used[key]
 	n.mu.Unlock()
 	return u != nil && n.queue.Complete(u.Layer)
-}
-
-// An ErrDiffID says that a layer is not what the image's config claims: the tar is another, or it is the one and
-// the table of contents tells of another tree, which then has no diffID at all.
-type ErrDiffID struct {
-	Layer, Claimed, Is string
-	Tree               string // how the table of contents and the tar differ, "" if that is not it
-}
-
-func (e *ErrDiffID) Error() string {
-	if e.Tree != "" {
-		return fmt.Sprintf("layer %s: its table of contents is not that of its tar: %s", e.Layer, e.Tree)
-	}
-	return fmt.Sprintf("layer %s: the image's config claims the diffID %s, but its tar has %s", e.Layer, e.Claimed, e.Is)
-}
-
-// VerifyDiffID reads a lazy layer's blob from beginning to end, when nobody waits for the link, and compares it with
-// its digest, its tar with the diffID that the image's config claims, and the tar's files with the table of contents, which is what
-// is mounted. The error is an [*ErrDiffID] if one of the latter is wrong; others say that it could not be found out.
-func (n *Node) VerifyDiffID(ctx context.Context, r RecordLayer) error {
-	l, _, err := n.openRecord(r)
-	if err != nil {
-		return err
-	}
-	if l.Blob == nil {
-		return fmt.Errorf("%s: no registry has it", l.id)
-	}
-	t, err := l.load(n)
-	if err != nil {
-		return fmt.Errorf("%s: its table of contents: %w: remove the image and pull it again", l.name(), err)
-	}
-	blob := &wholeBlob{ctx: ctx, blob: l.Blob, size: l.Size, o: &MountOptions{}}
-	defer blob.Close()
-	is, err := compareTar(&patient{ctx, n.queue, blob}, t)
-	switch {
-	case err != nil:
-		return fmt.Errorf("%s: %w", l.name(), err)
-	case is.digest.String() != l.Digest.String():
-		return fmt.Errorf("%s: the registry sent a blob with the digest %v", l.name(), is.digest)
-	case is.diffID.String() != r.DiffID:
-		return &ErrDiffID{Layer: r.Digest, Claimed: r.DiffID, Is: is.diffID.String()}
-	case is.lie != "":
-		return &ErrDiffID{Layer: r.Digest, Claimed: r.DiffID, Is: r.DiffID, Tree: is.lie}
-	}
-	return nil
-}
-
-// patient is a reader that reads when no demand read waits.
-type patient struct {
-	ctx context.Context // of the call that made it and ends before it does
-	q   *fetch.Queue
-	io.Reader
-}
-
-func (p *patient) Read(b []byte) (int, error) {
-	if err := p.q.WaitQuiet(p.ctx); err != nil {
-		return 0, err
-	}
-	return p.Reader.Read(b)
 }
 
 // Tagged returns the image that ref's tag names now.

@@ -51,8 +51,19 @@ type fills struct {
 	left    chan struct{}      // closed when current is not used any more
 }
 
-// useLayers makes an image's layers readable until release is called.
-type useLayers func() (layers []*fetch.Layer, release func(), err error)
+// useLayers makes an image's layers readable, the lowest first, until release is called.
+type useLayers func() (layers []fillLayer, release func(), err error)
+
+// A fillLayer is a layer of which the rest is to be fetched.
+type fillLayer struct {
+	*fetch.Layer
+	record RecordLayer
+	verify Verifier // nil if nobody wants to know what is true of it
+}
+
+// A Verifier has a layer verified whose rest is to be fetched: read is [Node.VerifyDiffID] that waits for its turn as fills do, and needs not be called if
+// the outcome is known. It returns what read does.
+type Verifier func(ctx context.Context, r RecordLayer, read func(context.Context, RecordLayer) error) error
 
 // A filled is an image that is mounted.
 type filled struct {
@@ -190,7 +201,7 @@ func (f *fills) ended(x *filled, err error, ctx context.Context) {
 		}
 		x.failures++
 		x.again = time.Now().Add(pause)
-		f.log.Log(ctx, level, "the rest of an image cannot be fetched now: it is tried again", "image", x.name, "in", pause, "err", err)
+		f.log.Log(ctx, level, "the rest of an image cannot be fetched or verified now: it is tried again", "image", x.name, "in", pause, "err", err)
 	}
 }
 
@@ -207,7 +218,43 @@ func (n *Node) fillNow(ctx context.Context, use useLayers) error {
 		}
 	}
 	slices.Reverse(layers) // what an image was made for lies on top
-	return n.queue.FillWhen(ctx, n.turn, layers...)
+	for _, l := range layers {
+		if err := n.fillLayer(ctx, l); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// fillLayer fetches the rest of a layer. To be verified a layer must be read whole: if it was not yet, its rest comes by that, however much is
+// here of it, and nothing is fetched twice. But where a pass has been dropped, another may never end: then the rest comes member by
+// member. Of a layer that is here already there is nothing to fetch, and it is verified in any case.
+func (n *Node) fillLayer(ctx context.Context, l fillLayer) error {
+	if l.verify != nil && l.record.Lazy && !n.queue.Complete(l.Layer) && !n.unfinished(l.record) {
+		turn := func(ctx context.Context) error {
+			if n.queue.Complete(l.Layer) {
+				return context.Cause(ctx)
+			}
+			return n.turn(ctx)
+		}
+		if err := turn(ctx); err != nil {
+			return err
+		}
+		stopped := false
+		err := l.verify(ctx, l.record, func(ctx context.Context, r RecordLayer) error {
+			ended, err := n.pass(ctx, r, turn)
+			stopped = !ended
+			return err
+		})
+		if stopped {
+			return err // it goes on the next time
+		}
+		if err != nil {
+			// What lies runs on, and what cannot be verified.
+			n.log.Debug("a layer was not verified while it was filled", "err", err)
+		}
+	}
+	return n.queue.FillWhen(ctx, n.turn, l.Layer)
 }
 
 // turn returns when a fill may make a request.
@@ -240,9 +287,9 @@ func (n *Node) room() bool {
 }
 
 // Fill has the rest of the chain fetched, as [Options.Fill] says, until stop is called: for who has just mounted it. Nobody waits for it, and what cannot be had
-// now is tried again later.
-func (c Chain) Fill() (stop func()) {
-	return c.n.fillBehind(c.ID(), func() ([]*fetch.Layer, func(), error) {
+// now is tried again later. verify is called for each lazy layer; nil is not.
+func (c Chain) Fill(verify Verifier) (stop func()) {
+	return c.n.fillBehind(c.ID(), func() ([]fillLayer, func(), error) {
 		release, err := c.Use()
 		if err != nil {
 			return nil, nil, err
@@ -252,17 +299,26 @@ func (c Chain) Fill() (stop func()) {
 			release()
 			return nil, nil, err
 		}
-		return layers, release, nil
+		list := make([]fillLayer, len(layers))
+		for i, l := range layers {
+			list[i] = fillLayer{l, c.Layers[i], verify}
+		}
+		return list, release, nil
 	})
 }
 
-// FillBehind is [Chain.Fill] of an image that is mounted, with the credentials that it was mounted with.
+// FillBehind is [Chain.Fill] of an image that is mounted, with the credentials that it was mounted with. Nothing depends on its diffIDs, so
+// they are not verified.
 func (r *Rootfs) FillBehind() (stop func()) {
 	if r.queued == nil { // it was adopted
-		return r.Chain().Fill()
+		return r.Chain().Fill(nil)
 	}
-	return r.n.fillBehind(r.dir, func() ([]*fetch.Layer, func(), error) {
-		return slices.Clone(r.queued), func() {}, nil
+	return r.n.fillBehind(r.dir, func() ([]fillLayer, func(), error) {
+		list := make([]fillLayer, len(r.queued))
+		for i, l := range r.queued {
+			list[i] = fillLayer{Layer: l}
+		}
+		return list, func() {}, nil
 	})
 }
 

@@ -11,8 +11,6 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
-
-	"lazuli/fs/fetch"
 )
 
 // A filling is a fills whose images take a while each.
@@ -55,7 +53,7 @@ func newFilling(t *testing.T) *filling {
 }
 
 func (f *filling) start(name string) (stop func()) {
-	return f.add(name, func() ([]*fetch.Layer, func(), error) { return nil, nil, errors.New(name) })
+	return f.add(name, func() ([]fillLayer, func(), error) { return nil, nil, errors.New(name) })
 }
 
 func (f *filling) want(t *testing.T, want ...string) {

@@ -92,6 +92,7 @@ type Node struct {
 	store  *store.Store
 	queue  *fetch.Queue
 	fills  *fills
+	passes passes
 	server *serve.Server // nil until the first Mount
 
 	mu      sync.Mutex
@@ -245,6 +246,7 @@ func (n *Node) Close() error {
 	n.learning.cancel()
 	var errs []error
 	n.fills.close()
+	n.passes.close()
 	switch {
 	case n.daemon && n.server != nil:
 		errs = append(errs, n.server.Stop())
@@ -346,6 +348,7 @@ func (n *Node) Mount(ctx context.Context, ref remote.Reference, dir string, o Mo
 		return nil, err
 	}
 	defer release()
+	n.queue.Touch() // a start wants the link
 	r := &Rootfs{n: n}
 	if err := r.mount(ctx, ref, dir, o); err != nil {
 		return nil, errors.Join(err, r.Close())

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"time"
 
+	"lazuli/fs/store"
 	"lazuli/fs/toc"
 )
 
@@ -18,12 +19,19 @@ import (
 type comparison struct {
 	t *toc.TOC
 
+	// land gets the chunks that are not here. Nil is nobody.
+	land *landing
+
 	entry   int         // of t, behind that of the file which is read
 	file    string      // its name
 	chunks  []toc.Chunk // its chunks that were not seen to their ends
 	read    int64       // bytes of the first of them
-	sum     hash.Hash   // of those
-	problem string      // the first that was found in a file's bytes
+	sum     hash.Hash   // of those, or
+	kept    []byte      // those, if it is to land
+	lands   bool
+	object  store.Key // of the file, with land
+	place   int       // of the first of chunks in it
+	problem string    // the first that was found in a file's bytes
 }
 
 // data gets what is in the tar's files, as [toc.FromTar] gives it to its sink. Which files there are is entries' concern: here
@@ -34,34 +42,60 @@ func (c *comparison) data(at toc.Chunk, p []byte) {
 	}
 	for len(p) > 0 && len(c.chunks) > 0 && c.problem == "" {
 		k := c.chunks[0]
+		if c.read == 0 {
+			c.lands = c.land != nil && !k.Hole && c.land.lacks(c.object, c.place)
+		}
 		part := p[:min(int64(len(p)), k.Size-c.read)]
 		p = p[len(part):]
 		c.read += int64(len(part))
-		if k.Hole {
+		switch {
+		case k.Hole:
 			if len(bytes.Trim(part, "\x00")) > 0 {
 				c.problem = fmt.Sprintf("%q has data at bytes %d to %d, where the table of contents has none", c.file, k.FileOffset, k.FileOffset+k.Size)
 			}
-		} else {
+		case c.lands:
+			c.kept = append(c.kept, part...)
+		default:
 			c.sum.Write(part)
 		}
 		if c.read < k.Size {
 			continue
 		}
-		if got := toc.Digest(c.sum.Sum(nil)); !k.Hole && got != k.Digest && c.problem == "" {
+		if got := c.digest(); !k.Hole && got != k.Digest && c.problem == "" {
 			c.problem = fmt.Sprintf("%q, bytes %d to %d: the digest in the tar is %v, in the table of contents %v", c.file, k.FileOffset, k.FileOffset+k.Size, got, k.Digest)
 		}
 		c.chunks, c.read = c.chunks[1:], 0
-		c.sum.Reset()
+		c.place++
 	}
 }
 
+// digest returns the digest of the chunk that was read to its end, which lands by that if it is to.
+func (c *comparison) digest() (got toc.Digest) {
+	if c.lands {
+		got = c.land.take(c.object, c.place, c.kept)
+		if c.kept = c.kept[:0]; cap(c.kept) > maxKept {
+			c.kept = nil
+		}
+		return got
+	}
+	got = toc.Digest(c.sum.Sum(nil))
+	c.sum.Reset()
+	return got
+}
+
+// maxKept is how many bytes are kept allocated for chunks: few have larger ones.
+const maxKept = 4 << 20
+
 // next goes on to the next file of the table that has bytes.
 func (c *comparison) next() {
-	c.chunks, c.read, c.sum = nil, 0, sha256.New()
+	c.chunks, c.read, c.place, c.sum, c.kept = nil, 0, 0, sha256.New(), c.kept[:0]
 	for c.entry < len(c.t.Entries) && len(c.chunks) == 0 {
 		e := &c.t.Entries[c.entry]
 		c.file, c.chunks = e.Name, c.t.Content(e)
 		c.entry++
+	}
+	if c.land != nil {
+		c.object = store.Key(toc.ObjectKey(c.chunks))
 	}
 }
 

@@ -160,8 +160,9 @@ type tarReport struct {
 	lie            string // how the tar and the table of contents differ, "" if they do not
 }
 
-// compareTar reads a layer's blob to its end, and holds its table of contents against the tar in it.
-func compareTar(blob io.Reader, t *toc.TOC) (r tarReport, err error) {
+// compareTar reads a layer's blob to its end, and holds its table of contents against the tar in it. land gets the chunks that are not
+// here, unless it is nil.
+func compareTar(ctx context.Context, blob io.Reader, t *toc.TOC, land *landing) (r tarReport, err error) {
 	sum := sha256.New()
 	compressed := io.TeeReader(blob, sum)
 	z, err := toc.OpenTar(compressed)
@@ -169,10 +170,10 @@ func compareTar(blob io.Reader, t *toc.TOC) (r tarReport, err error) {
 		return r, err
 	}
 	defer z.Close()
-	same := comparison{t: t}
+	same := comparison{t: t, land: land}
 	tar, err := toc.FromTar(z, toc.DefaultChunkSize, func(c toc.Chunk, data []byte) error {
 		same.data(c, data)
-		return nil
+		return context.Cause(ctx)
 	})
 	if err != nil {
 		return r, err

@@ -4,14 +4,15 @@ import (
 	"encoding/json"
 	"net/http"
 	"os"
+	"path/filepath"
 	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
 )
 
-// TestFillOutlives: a container of which little was read goes on when its registry is gone, if the rest of the image was fetched behind; also if
-// the daemon that begins with that is another one than the one that mounted it. Nothing is fetched twice.
+// TestFillOutlives: a container of which little was read goes on when its registry is gone, and others start, if the rest of the image was fetched behind; also if
+// the daemon that begins with that is another one than the one that mounted it. Its layers are verified by that, and nothing is fetched twice.
 func TestFillOutlives(t *testing.T) {
 	needRoot(t)
 	var away atomic.Bool
@@ -33,28 +34,52 @@ func TestFillOutlives(t *testing.T) {
 	if here, all := n.daemon.here(t); here >= all {
 		t.Fatalf("%d bytes of %d are here before anything was filled: the test shows nothing", here, all)
 	}
+	_, started := registry.Traffic()
 
 	config := n.daemon.Dir + "/config.toml"
 	b, err := os.ReadFile(config)
 	must(t, err)
-	must(t, os.WriteFile(config, []byte(strings.Replace(string(b), `fill = "off"`, `fill = "on"`, 1)), 0o644))
+	must(t, os.WriteFile(config, []byte(strings.NewReplacer(`fill = "off"`, `fill = "on"`, "verify = false", "verify = true").Replace(string(b))), 0o644))
 	n.daemon.stop(t)
 	n.daemon.start(t)
-	for end := time.Now().Add(patience); ; time.Sleep(20 * time.Millisecond) {
-		here, all := n.daemon.here(t)
-		if here == all {
-			break
+	unverified := func() (sum int) {
+		list, err := filepath.Glob(n.daemon.Root + "/snapshots/*/layer.json")
+		must(t, err)
+		for _, name := range list {
+			if b, err := os.ReadFile(name); err != nil || !strings.Contains(string(b), `"verified": true`) {
+				sum++
+			}
 		}
+		return sum
+	}
+	here, all := n.daemon.here(t)
+	// The first piece was all of its layer, which is verified by itself, within half a minute.
+	for end := time.Now().Add(patience); here < all || unverified() > 1; here, all = n.daemon.here(t) {
 		if time.Now().After(end) {
-			t.Fatalf("%d bytes of %d are here", here, all)
+			t.Fatalf("%d bytes of %d are here, layers not verified: %d", here, all, unverified())
 		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	_, manifest, _ := readLayout(t, layout)
+	var size int64
+	for _, l := range manifest.Layers {
+		size += l.Size
+	}
+	if _, bytes := registry.Traffic(); bytes-started > size*105/100 {
+		t.Errorf("%d bytes of blobs of %d were fetched for the rest, after %d", bytes-started, size, started)
 	}
 	away.Store(true)
 	for i, sum := range sums {
 		n.reads(t, "a", i, sum)
 	}
-	n.mustCtr(t, "task", "delete", "--force", "a")
-	n.mustCtr(t, "container", "delete", "a")
+	n.sleeper(t, image, "b")
+	for i, sum := range sums {
+		n.reads(t, "b", i, sum)
+	}
+	for _, id := range []string{"a", "b"} {
+		n.mustCtr(t, "task", "delete", "--force", id)
+		n.mustCtr(t, "container", "delete", id)
+	}
 }
 
 // here returns how many bytes of the one image are in the store, and how many it has.

@@ -67,7 +67,7 @@ socket = "/run/lazuli/lazuli.sock"
 # How much of the disk may hold what no image needs that is in use: "64GiB", "500MB". "0" is a fifth of the disk that root lies on.
 max_size = "0"
 
-# Compare each lazy layer, when all of it has arrived, with the diffID that its image claims: see docs/security.md.
+# Compare each lazy layer, when all of it has arrived or while its rest is fetched, with the diffID that its image claims: see docs/security.md.
 verify = true
 
 # Write down what starts read (in root's folder profiles), and fetch that ahead when the next image of the same repository is pulled.
@@ -78,8 +78,8 @@ share = false
 
 # Fetch the rest of the images that run, so that what runs outlives its registry. "auto": when the link has been idle for 30 seconds,
 # as long as a tenth of the disk is free and the store is smaller than max_size. "on": as soon as a start has come to rest. "off": never.
-# A layer that has arrived whole is then read once more to verify it (see verify).
-fill = "off"
+# Layers that were not verified yet are verified by that (see verify).
+fill = "auto"
 
 # containerd's own socket, to which the calls of CRI's image service are passed on.
 containerd = "/run/containerd/containerd.sock"
@@ -124,7 +124,7 @@ func (c *config) flags(f *pflag.FlagSet) {
 func (c *config) load(f *pflag.FlagSet) error {
 	file := config{
 		Root: c.Root, HostsDir: "/etc/containerd/certs.d", Socket: "/run/lazuli/lazuli.sock", Containerd: "/run/containerd/containerd.sock",
-		Fill: "off",
+		Fill: "auto",
 		file: c.file,
 	}
 	b, err := os.ReadFile(c.file)

@@ -27,7 +27,10 @@ here, and fetches what is read. lazuli install adds it to containerd's configura
 It is two processes: this one, the keeper, which holds the connection to the kernel, and a server, which it starts again
 when that dies. Containers notice neither the death of the server, nor an upgrade (SIGHUP, or systemctl reload: both
 processes become the program that lies at this one's path). When the daemon is stopped, containers keep what is here, and wait
-for what is not until it is started again. --teardown stops it and unmounts everything.`,
+for what is not until it is started again. --teardown stops it and unmounts everything.
+
+When the link has been idle for 30 seconds, the daemon fetches the rest of what runs, so that it outlives its registry, and verifies the layers
+by that: "fill" in the configuration.`,
 		Example: `  lazuli daemon
   lazuli daemon --print-config > /etc/lazuli/config.toml
   lazuli daemon --teardown`,

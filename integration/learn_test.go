@@ -126,7 +126,7 @@ func TestLearn(t *testing.T) {
 		n.empty(t, before, first)
 		second := registry.Push(t, learnImage(t, 1), "job") // the tag moves, and there is no pack
 		registry.Reset()
-		misses := n.startJob(t, second, "b", "fetched ahead what was learned", 1)
+		misses := n.startJob(t, second, "b", "fetched ahead what a start wants", 1)
 		if misses > learnMisses/3 {
 			t.Errorf("%d reads have waited, %d of the first build did", misses, cold)
 		}

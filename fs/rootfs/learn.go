@@ -39,6 +39,10 @@ const (
 	learnQuiet = 10 * time.Second
 	// learnAtMost is how long a start may take from its first read.
 	learnAtMost = time.Minute
+	// learnPause is for how long nothing must have been started before a start is added to a profile, learnPatience for how long that is
+	// waited for.
+	learnPause    = 2 * time.Second
+	learnPatience = time.Minute
 	// maxPieces bounds one profile: 1 GiB of touched files, 2 MiB of text.
 	maxPieces = 1 << 14
 	// maxProfiles and maxProfileBytes bound what a node keeps: the longest unused go.
@@ -277,7 +281,11 @@ func (c Chain) learn(ref remote.Reference, digest v1.Hash, layers []*fetch.Layer
 				delete(x.starts, id)
 			}
 			x.mu.Unlock()
-			if len(touches) == 0 || x.ctx.Err() != nil {
+			if len(touches) == 0 {
+				return
+			}
+			n.rest(x.ctx)
+			if x.ctx.Err() != nil {
 				return
 			}
 			ctx, cancel := context.WithTimeout(x.ctx, configPatience)
@@ -310,6 +318,18 @@ func (c Chain) learn(ref remote.Reference, digest v1.Hash, layers []*fetch.Layer
 				}
 			}
 		})
+	}
+}
+
+// rest returns when nothing has been started for a while, or not for long: what was read is worked on for a third of a second of one processor, and
+// who runs many short jobs has the next one waiting.
+func (n *Node) rest(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, learnPatience)
+	defer cancel()
+	select {
+	case <-time.After(learnPause):
+		n.queue.WaitIdle(ctx, learnPause)
+	case <-ctx.Done():
 	}
 }
 

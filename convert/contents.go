@@ -14,6 +14,7 @@ import (
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sync/singleflight"
 
 	"lazuli/convert/closure"
 	"lazuli/fs/meta"
@@ -28,7 +29,9 @@ type contents struct {
 
 	mu      sync.Mutex
 	members map[memberID][]byte // inflated
+	kept    []memberID          // in the order in which they came
 	bytes   int                 // of members
+	reading singleflight.Group  // of members
 }
 
 type contentLayer struct {
@@ -47,6 +50,7 @@ type memberID struct {
 
 const (
 	smallMember = 8 << 20  // bytes of the blob: a member that is read and kept as a whole
+	maxRow      = 4 << 20  // bytes of the blob that are read with one request, if more than one member is
 	maxMember   = 32 << 20 // bytes of it, inflated
 	maxKept     = 64 << 20 // bytes of members, inflated
 	maxWindow   = 64 << 20 // bytes, of a zstd frame
@@ -137,6 +141,11 @@ func (l *contentLayer) end(start int64) int64 {
 	return max(l.toc.DataEnd, start)
 }
 
+// small reports whether the member of a chunk is read and kept as a whole.
+func (l *contentLayer) small(x toc.Chunk) bool {
+	return !x.Hole && l.end(x.Member)-x.Member <= smallMember && x.Inner+x.Size <= maxMember
+}
+
 // chunk returns the bytes of a chunk of a layer, which are not to be modified.
 func (c *contents) chunk(ctx context.Context, layer int, x toc.Chunk) ([]byte, error) {
 	if x.Hole {
@@ -150,13 +159,31 @@ func (c *contents) chunk(ctx context.Context, layer int, x toc.Chunk) ([]byte, e
 	c.mu.Unlock()
 	at := int64(0) // of data, in bytes of the member
 	if !kept {
-		var err error
-		if data, at, err = l.inflate(ctx, x, end); err != nil {
+		whole := l.small(x)
+		flight := fmt.Sprint(layer, x.Member)
+		if !whole { // it is the chunk alone
+			at = x.Inner
+			flight += fmt.Sprint("+", at)
+		}
+		v, err, _ := c.reading.Do(flight, func() (any, error) {
+			body, err := l.blob.Range(ctx, x.Member, end-x.Member)
+			if err != nil {
+				return nil, err
+			}
+			defer body.Close()
+			if !whole {
+				return l.inflate(body, x.Inner, x.Size)
+			}
+			data, err := l.inflate(body, 0, maxMember)
+			if err == nil {
+				c.keep(id, data)
+			}
+			return data, err
+		})
+		if err != nil {
 			return nil, fmt.Errorf("member at byte %d of the blob: %w", x.Member, err)
 		}
-		if at == 0 {
-			c.keep(id, data)
-		}
+		data = v.([]byte)
 	}
 	if int64(len(data)) < x.Inner-at+x.Size {
 		return nil, fmt.Errorf("member at byte %d of the blob: %w", x.Member, io.ErrUnexpectedEOF)
@@ -168,51 +195,69 @@ func (c *contents) chunk(ctx context.Context, layer int, x toc.Chunk) ([]byte, e
 	return p, nil
 }
 
+// ahead reads small members of a layer that lie in a row, in one request.
+func (c *contents) ahead(ctx context.Context, row []memberID) error {
+	l, from := &c.layers[row[0].layer], row[0].member
+	body, err := l.blob.Range(ctx, from, l.end(row[len(row)-1].member)-from)
+	if err != nil {
+		return err
+	}
+	defer body.Close()
+	for _, id := range row {
+		member := io.LimitReader(body, l.end(id.member)-id.member)
+		data, err := l.inflate(member, 0, maxMember)
+		if err == nil {
+			_, err = io.Copy(io.Discard, member)
+		}
+		if err != nil {
+			return fmt.Errorf("member at byte %d of the blob: %w", id.member, err)
+		}
+		c.keep(id, data)
+	}
+	return nil
+}
+
 func (c *contents) keep(id memberID, data []byte) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.bytes += len(data); c.bytes > maxKept {
-		clear(c.members)
-		c.bytes = len(data)
+	if _, ok := c.members[id]; ok {
+		return
 	}
 	c.members[id] = data
+	c.kept = append(c.kept, id)
+	c.bytes += len(data)
+	for ; c.bytes > maxKept; c.kept = c.kept[1:] {
+		c.bytes -= len(c.members[c.kept[0]])
+		delete(c.members, c.kept[0])
+	}
 }
 
-// inflate returns a member from byte at on, which is 0 unless the member is large: then it is the chunk alone.
-func (l *contentLayer) inflate(ctx context.Context, x toc.Chunk, end int64) (data []byte, at int64, err error) {
-	body, err := l.blob.Range(ctx, x.Member, end-x.Member)
-	if err != nil {
-		return nil, 0, err
-	}
-	defer body.Close()
-	var r io.Reader
+// inflate returns n bytes of a member from byte at on, or as many as there are.
+func (l *contentLayer) inflate(member io.Reader, at, n int64) ([]byte, error) {
+	r := member
 	if l.toc.Compression == toc.Zstd {
-		z, err := zstd.NewReader(body, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(maxWindow))
+		z, err := zstd.NewReader(member, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(maxWindow))
 		if err != nil {
-			return nil, 0, err
+			return nil, err
 		}
 		defer z.Close()
 		r = z
 	} else {
-		z, err := gzip.NewReader(body)
+		z, err := gzip.NewReader(member)
 		if err != nil {
-			return nil, 0, noEOF(err)
+			return nil, noEOF(err)
 		}
 		z.Multistream(false)
 		r = z
 	}
-	n := int64(maxMember)
-	if end-x.Member > smallMember || x.Inner+x.Size > maxMember {
-		at, n = x.Inner, x.Size
-		if _, err := io.CopyN(io.Discard, r, at); err != nil {
-			return nil, 0, noEOF(err)
-		}
+	if _, err := io.CopyN(io.Discard, r, at); err != nil {
+		return nil, noEOF(err)
 	}
 	var buf bytes.Buffer
 	if _, err := io.CopyN(&buf, r, n); err != nil && !errors.Is(err, io.EOF) {
-		return nil, 0, err
+		return nil, err
 	}
-	return buf.Bytes(), at, nil
+	return buf.Bytes(), nil
 }
 
 func noEOF(err error) error {

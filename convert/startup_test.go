@@ -2,14 +2,19 @@ package convert
 
 import (
 	"bytes"
+	"context"
 	"io"
 	"net/http"
 	"strings"
+	"sync/atomic"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-containerregistry/pkg/registry"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"golang.org/x/sync/errgroup"
 
 	"lazuli/fs/meta"
 	"lazuli/fs/pack"
@@ -182,6 +187,71 @@ func TestClosure(t *testing.T) {
 		if r := mustConvert(t, src, off, Options{Format: format, NoPack: true}); len(r.Packs) > 0 || len(referrers(t, off, r.Digest)) > 0 {
 			t.Error("there is a pack although none was wanted")
 		}
+	}
+}
+
+// counted is a destination whose blobs count the ranges that are read of them.
+type counted struct {
+	dest
+	ranges atomic.Int64
+	wait   time.Duration // for each
+}
+
+type countedBlob struct {
+	remote.Blob
+	of *counted
+}
+
+func (d *counted) blob(ctx context.Context, desc v1.Descriptor) (remote.Blob, error) {
+	b, err := d.dest.blob(ctx, desc)
+	return countedBlob{b, d}, err
+}
+
+func (b countedBlob) Range(ctx context.Context, off, n int64) (io.ReadCloser, error) {
+	b.of.ranges.Add(1)
+	time.Sleep(b.of.wait)
+	return b.Blob.Range(ctx, off, n)
+}
+
+// TestPackRequests: what a pack has is read with few requests, each byte once.
+func TestPackRequests(t *testing.T) {
+	files := []file{reg("first", noise("first", 100<<10)), reg("large", noise("large", 12<<20)), reg("last", noise("last", 100<<10))}
+	for _, format := range []Format{EStargz, ZstdChunked} {
+		dst := newDst(t)
+		mustConvert(t, simple(t, files), dst, Options{Format: format, ChunkSize: 256 << 10})
+		img, _, _ := readImage(t, dst)
+		under, err := openDest(t.Context(), dst, &Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		d := &counted{dest: under}
+		c, err := openContents(t.Context(), d, []v1.Descriptor{img.Layers[0].Descriptor})
+		if err != nil {
+			t.Fatal(err)
+		}
+		d.ranges.Store(0)
+		x, err := c.pack(t.Context(), new(pack.Builder), c.all([]string{"last", "large"}), pack.OriginClosure)
+		if err != nil {
+			t.Fatal(err)
+		}
+		// The large file in rows of 4 MiB, of two batches at most, and the last one.
+		if n := d.ranges.Load(); x.Content != 12<<20+100<<10 || n > 12<<20/maxRow+2+1 {
+			t.Errorf("%v: %d bytes with %d requests", format, x.Content, n)
+		}
+
+		// What several readers want at the same time is read once.
+		d.ranges.Store(0)
+		d.wait = time.Second
+		synctest.Test(t, func(t *testing.T) {
+			f, _ := c.Lookup("first")
+			var group errgroup.Group
+			for range 8 {
+				group.Go(func() error { return c.ReadAt(t.Context(), f, make([]byte, 1), 1000) })
+			}
+			if err := group.Wait(); err != nil || d.ranges.Load() != 1 {
+				t.Errorf("%v: %d requests: %v", format, d.ranges.Load(), err)
+			}
+		})
 	}
 }
 

@@ -41,12 +41,13 @@ func (m memory) Lookup(name string) (File, bool) {
 func (m memory) List(dir string) (names []string) {
 	dir = path.Clean("/" + dir)[1:]
 	for name := range m {
-		if path.Dir(name) == dir {
-			names = append(names, path.Base(name))
+		if rest, ok := strings.CutPrefix("/"+name, strings.TrimSuffix("/"+dir, "/")+"/"); ok {
+			first, _, _ := strings.Cut(rest, "/")
+			names = append(names, first)
 		}
 	}
 	slices.Sort(names)
-	return names
+	return slices.Compact(names)
 }
 
 func (m memory) ReadAt(_ context.Context, f File, p []byte, off int64) error {
@@ -127,7 +128,8 @@ func TestOf(t *testing.T) {
 		"app/loop":        "#!/app/loop\n",
 		"usr/bin/tini":    program(ld, []string{"libc.so.6"}),
 		"usr/bin/python3": "-> usr/bin/python3.12", "usr/bin/python3.12": program(ld, []string{"libc.so.6"}),
-		"usr/lib/python3.12/os.py": "os", "usr/lib/python3.12/types.py": "types", "usr/lib/python3.12/encodings/__pycache__/utf_8.cpython-312.pyc": "utf8",
+		"usr/lib/python3.12/os.py": "os", "usr/lib/python3.12/encodings/__init__.py": "import codecs", "usr/lib/python3.12/encodings/utf_8.py": "utf8",
+		"usr/lib/python3.12/encodings/__pycache__/utf_8.cpython-312.pyc": "utf8", "usr/lib/python3.12/codecs.py": "import types", "usr/lib/python3.12/types.py": "types",
 		"usr/lib/python3/dist-packages/mod/__init__.py": "", "usr/lib/python3/dist-packages/mod/__main__.py": "main",
 		"app/site.py": "none", "big": strings.Repeat("b", maxWhole+100),
 	}
@@ -156,9 +158,10 @@ func TestOf(t *testing.T) {
 		{"env", Command{Args: []string{"env", "A=b", "-i", "app"}}, slices.Concat(who, []string{"usr/bin/env"}, glibc, []string{libc, "etc/nsswitch.conf"}, tail)},
 		{"init", Command{Args: []string{"tini", "-g", "--", "app"}}, slices.Concat(who, []string{"usr/bin/tini"}, glibc, []string{libc, "etc/nsswitch.conf"}, tail)},
 		{"python script", Command{Args: []string{"/app/run.py"}}, slices.Concat(who, []string{"app/run.py", "usr/bin/env"}, glibc, []string{libc, "etc/nsswitch.conf",
-			"usr/bin/python3.12", "usr/lib/python3.12/encodings/__pycache__/utf_8.cpython-312.pyc", "usr/lib/python3.12/types.py"})},
+			"usr/bin/python3.12", "usr/lib/python3.12/encodings/__init__.py", "usr/lib/python3.12/types.py", "usr/lib/python3.12/encodings/__pycache__/utf_8.cpython-312.pyc"})},
 		{"python module", Command{Args: []string{"python3", "-m", "mod"}}, slices.Concat(who, []string{"usr/bin/python3.12"}, glibc, []string{libc, "etc/nsswitch.conf",
-			"usr/lib/python3.12/encodings/__pycache__/utf_8.cpython-312.pyc", "usr/lib/python3.12/types.py", "usr/lib/python3/dist-packages/mod/__main__.py"})},
+			"usr/lib/python3.12/encodings/__init__.py", "usr/lib/python3.12/types.py", "usr/lib/python3.12/encodings/__pycache__/utf_8.cpython-312.pyc",
+			"usr/lib/python3/dist-packages/mod/__main__.py"})},
 		{"a script that is its own interpreter", Command{Args: []string{"/app/loop"}}, append(slices.Clip(who), "app/loop")},
 		{"nothing", Command{}, nil},
 		{"a directory", Command{Args: []string{"/app"}}, nil},
@@ -182,6 +185,52 @@ func TestOf(t *testing.T) {
 	}
 	if len(pieces) != head/profile.PieceSize+2 || pieces[len(pieces)-1] != maxWhole/profile.PieceSize {
 		t.Errorf("pieces of a large file: %v", pieces)
+	}
+}
+
+// TestSegments: of a large ELF file the segments that are mapped are taken, and of a large segment the beginning, or what the loader's tables need.
+func TestSegments(t *testing.T) {
+	const mib = 1 << 20
+	file := func(relocations uint64) string {
+		const vaddr, size = 0x400000, 24 * mib
+		dynamic := []elf.Dyn64{{Tag: int64(elf.DT_RELA), Val: vaddr + 1000}, {Tag: int64(elf.DT_RELASZ), Val: relocations}, {}}
+		progs := []elf.Prog64{
+			{Type: uint32(elf.PT_LOAD), Vaddr: vaddr, Off: 0, Filesz: 6 * mib},
+			{Type: uint32(elf.PT_LOAD), Vaddr: vaddr + 8*mib, Off: 8 * mib, Filesz: maxSegment},
+			{Type: uint32(elf.PT_LOAD), Vaddr: vaddr + 13*mib, Off: 13 * mib, Filesz: maxSegment + 1},
+			{Type: uint32(elf.PT_DYNAMIC), Off: 17 * mib, Vaddr: vaddr + 17*mib, Filesz: 48},
+		}
+		var b bytes.Buffer
+		h := elf.Header64{Ident: [16]byte{0x7f, 'E', 'L', 'F', 2, 1, 1}, Type: 3, Machine: uint16(elf.EM_X86_64), Version: 1, Phoff: 64, Phentsize: 56, Phnum: uint16(len(progs))}
+		for _, v := range []any{h, progs} {
+			binary.Write(&b, binary.LittleEndian, v)
+		}
+		b.Write(make([]byte, 17*mib-b.Len()))
+		binary.Write(&b, binary.LittleEndian, dynamic)
+		b.Write(make([]byte, size-b.Len()))
+		return b.String()
+	}
+	for _, test := range []struct {
+		relocations uint64
+		first       int64 // bytes of the first segment
+	}{{0, head}, {3 * mib, 1000 + 3*mib}, {6 * mib, head}, {1<<64 - 1, head}} {
+		want := map[int]bool{}
+		for _, part := range [][2]int64{{0, test.first}, {8 * mib, maxSegment}, {13 * mib, head}, {17 * mib, 1}} {
+			for at := part[0]; at < part[0]+part[1]; at += profile.PieceSize {
+				want[int(at/profile.PieceSize)] = true
+			}
+		}
+		p, err := Of(t.Context(), memory{"bin/app": file(test.relocations)}, Command{Args: []string{"app"}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := map[int]bool{}
+		for _, x := range p.Pieces {
+			got[x.Index] = true
+		}
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("relocations of %d bytes: pieces (-want +got):\n%s", test.relocations, diff)
+		}
 	}
 }
 
@@ -255,10 +304,12 @@ func FuzzOf(f *testing.F) {
 	f.Add([]byte(program("/lib/ld.so", []string{"liba.so", "x", "/y"}, "$ORIGIN:$LIB", "rpath:/lib")), "include *\n/lib\n", "x")
 	f.Add([]byte("#!/usr/bin/env -S app app\nexec \"$@\""), "include ../etc/*", "-c exec app")
 	f.Add([]byte("\x7fELF\x01\x02"+strings.Repeat("\xff", 80)), "", "")
+	f.Add([]byte("\x00a.b\x00x\x00"), "import sys\nfrom .x import (y)\nlib.so\nimport x, app, a.b.c; __import__('x')", "-cimport a, x")
 	f.Fuzz(func(t *testing.T, app []byte, conf, arg string) {
 		image := memory{"bin/app": string(app), "lib/liba.so": string(app), "lib/ld.so": string(app), "etc/ld.so.conf": conf, "etc/x.conf": conf, "bin/sh": string(app)}
 		image["usr/bin/env"], image["usr/bin/python3.12"], image["usr/lib/python3.12/os.py"] = string(app), string(app), conf
-		for _, args := range [][]string{{"app", arg}, {"sh", "-c", arg}, {"env", arg}, {"python3.12", "-m", arg}, {arg}} {
+		image["app"], image["a/__init__.py"], image["a/b.so"], image["x.py"], image["usr/lib/python3/dist-packages/x.pth"], image["usr/bin/pyvenv.cfg"] = string(app), conf, string(app), string(app), conf, conf
+		for _, args := range [][]string{{"app", arg}, {"sh", "-c", arg}, {"env", arg}, {"python3.12", "-m", arg}, {"python3.12", arg}, {"python3.12", "app"}, {arg}} {
 			p, err := Of(t.Context(), image, Command{Args: args})
 			if err != nil {
 				t.Fatal(err)

@@ -1,9 +1,10 @@
 package convert
 
 import (
-	"bytes"
 	"cmp"
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -43,11 +44,21 @@ const (
 	closureTime = time.Minute
 )
 
-// A namedPack is a pack with its bytes.
+// A namedPack is a pack with what it is written from: the bytes in a row would be in memory a second time.
 type namedPack struct {
 	Pack
-	blob v1.Descriptor
-	data []byte
+	blob  v1.Descriptor
+	build *pack.Builder
+}
+
+// open returns the pack's bytes.
+func (p *namedPack) open() (io.ReadCloser, error) {
+	r, w := io.Pipe()
+	go func() { // ends when r is at its end or closed
+		_, err := p.build.WriteTo(w)
+		w.CloseWithError(err)
+	}()
+	return r, nil
 }
 
 // warn notes what the user has to know and what does not stop the conversion.
@@ -68,7 +79,7 @@ func (c *conversion) namePack(ctx context.Context, n *node, m object, replaced b
 	if !c.opts.NoPack && (c.opts.Pieces != nil || len(c.opts.Profile) > 0) {
 		p, err := c.profilePack(ctx, n)
 		if err == nil {
-			err = c.dst.put(ctx, p.blob, bytesOf(p.data))
+			err = c.dst.put(ctx, p.blob, p.open)
 		}
 		switch {
 		case ctx.Err() != nil:
@@ -190,17 +201,13 @@ func (c *contents) pack(ctx context.Context, b *pack.Builder, p *profile.Profile
 			x.Content += int64(len(data))
 		}
 	}
-	size, err := b.WriteTo(io.Discard)
-	if err != nil {
+	x.build = b
+	hash := sha256.New()
+	var err error
+	if x.Size, err = b.WriteTo(hash); err != nil {
 		return nil, err
 	}
-	var buf bytes.Buffer
-	buf.Grow(int(size)) // growing by itself it would take twice the memory
-	if _, err := b.WriteTo(&buf); err != nil {
-		return nil, err
-	}
-	x.data = buf.Bytes()
-	x.Digest, x.Size = sum(x.data), int64(len(x.data))
+	x.Digest = v1.Hash{Algorithm: "sha256", Hex: hex.EncodeToString(hash.Sum(nil))}
 	x.blob = v1.Descriptor{MediaType: pack.MediaType, Digest: x.Digest, Size: x.Size}
 	return x, nil
 }
@@ -323,7 +330,7 @@ func (c *conversion) pushPack(ctx context.Context, d *registryDest, n *node) err
 		if err != nil {
 			return err
 		}
-		if p, err = files.pack(ctx, new(pack.Builder), needed, pack.OriginClosure); err != nil {
+		if p, err = files.pack(ctx, &pack.Builder{Quick: true}, needed, pack.OriginClosure); err != nil {
 			return err
 		}
 	}
@@ -333,7 +340,7 @@ func (c *conversion) pushPack(ctx context.Context, d *registryDest, n *node) err
 			pack.OriginAnnotation:  p.Origin,
 			pack.CommandAnnotation: pack.Command(command.Config.Entrypoint, command.Config.Cmd),
 		},
-		open: func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(p.data)), nil },
+		open: p.open,
 	}); err != nil {
 		return err
 	}

@@ -241,6 +241,9 @@ func noEOF(err error) error {
 
 // A Builder makes a pack. Its zero value is one without anything in it.
 type Builder struct {
+	// Quick makes the pack in a quarter of the time, and some 6 % larger: for one that is a guess.
+	Quick bool
+
 	tables []Table
 	bytes  [][]byte // of the tables
 	frames []*frame
@@ -309,7 +312,7 @@ func (b *Builder) flush() error {
 	b.frames = append(b.frames, f)
 	b.pending, b.chunks = nil, nil
 	b.work.Go(func() error {
-		if f.packed = b.encoder.EncodeAll(p, nil); len(f.packed) >= len(p) {
+		if f.packed = bytes.Clone(b.encoder.EncodeAll(p, nil)); len(f.packed) >= len(p) { // what it returns has room for all of p
 			f.packed = p
 		}
 		f.Size = len(f.packed)
@@ -319,11 +322,15 @@ func (b *Builder) flush() error {
 }
 
 // open makes the encoder. A pack is made once and read at every start: the best level takes 60 ms for a megabyte and is 6 % smaller than the one
-// that is four times as fast, and inflating takes the same time.
+// that is four times as fast, and inflating takes the same time. A guess is larger, and part of every conversion into a registry: 300 MB of files would take 18 s.
 func (b *Builder) open() (err error) {
 	if b.encoder == nil {
 		b.work.SetLimit(runtime.GOMAXPROCS(0))
-		b.encoder, err = zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedBestCompression), zstd.WithEncoderCRC(false))
+		level := zstd.SpeedBestCompression
+		if b.Quick {
+			level = zstd.SpeedBetterCompression
+		}
+		b.encoder, err = zstd.NewWriter(nil, zstd.WithEncoderLevel(level), zstd.WithEncoderCRC(false))
 	}
 	return err
 }

@@ -130,6 +130,29 @@ func TestRoundTrip(t *testing.T) {
 }
 
 // TestBadPaths: a list of paths that is too long, too short or no list is an error, however small it is.
+// TestQuick: who has no time gets a larger pack.
+func TestQuick(t *testing.T) {
+	var text strings.Builder
+	r := rand.New(rand.NewPCG(1, 2))
+	for text.Len() < frameTarget {
+		fmt.Fprintf(&text, "word%d of %d\n", r.IntN(1000), r.IntN(50))
+	}
+	size := func(quick bool) int64 {
+		b := Builder{Quick: quick}
+		if err := b.Chunk(toc.Digest{}, 0, "", []byte(text.String())); err != nil {
+			t.Fatal(err)
+		}
+		n, err := b.WriteTo(io.Discard)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	if best, quick := size(false), size(true); quick <= best {
+		t.Errorf("%d bytes if it is quick, %d if it is not", quick, best)
+	}
+}
+
 func TestBadPaths(t *testing.T) {
 	whole := build(t, nil, pieces(3))
 	le := binary.LittleEndian

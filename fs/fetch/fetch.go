@@ -138,6 +138,7 @@ type Queue struct {
 	demandSlots, aheadSlots, fillSlots, decoders chan struct{}
 	waiting                                      atomic.Int64 // demand reads that wait
 	packing                                      atomic.Int64 // startup packs that arrive, which hold fills up
+	outside                                      atomic.Int64 // reads since the last that joined one
 	active                                       atomic.Int64 // when last somebody waited, or something came that is no fill's, in Unix nanoseconds
 	quiet                                        chan struct{}
 	quietMu                                      sync.Mutex

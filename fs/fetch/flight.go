@@ -153,6 +153,9 @@ func (q *Queue) demand(o *Object, src source, first, last int, usePack bool) []*
 		start, _ := l.Table.Member(m)
 		_, end := l.Table.Member(to - 1)
 		waits = true
+		if usePack && !q.expected(o.key, i) {
+			q.outside.Add(1)
+		}
 		window := q.window(l, m, to)
 		if !l.packed.Load() { // else what a start wants of the rest comes with the pack, or came
 			window = max(window, restOf(src, to))

@@ -95,6 +95,9 @@ type PackStats struct {
 const (
 	// maxBad is how many frames of a pack may be bad, or not be taken by the store, before the rest is not looked at.
 	maxBad = 8
+	// maxOutside is how many reads in a row may ask for something that a pack which is a guess does not have, while it arrives: then something
+	// else runs than what was guessed, and needs the link.
+	maxOutside = 24
 	// packTries is how often a pack is asked for when its stream breaks.
 	packTries = 3
 	// skip is how many bytes of a pack that are not needed are read rather than asked around.
@@ -103,6 +106,9 @@ const (
 
 // ErrBadPack says that a startup pack was given up because of what was in it.
 var ErrBadPack = errors.New("the startup pack is not of this image, or damaged")
+
+// ErrOutside says that a pack which is a guess was given up since it was the wrong one.
+var ErrOutside = errors.New("the startup pack was given up: what runs reads something else")
 
 var (
 	errNotPacked = errors.New("it did not come with the startup pack")
@@ -113,7 +119,7 @@ var (
 // layers are those that it has chunks of, and were added. Chunks that are in it are not asked for otherwise while they are expected soon. What is
 // here, or comes with another pack, is not read again. Nothing is believed: frames that cannot be what they say are not even read, what does not
 // verify is dropped, and a pack that has too much of it is given up with [ErrBadPack]. Unless it is a guess, of which nobody has seen that
-// a start reads it and nothing else, what it lacks is taken to be single: misses have no neighbours fetched.
+// a start reads it and nothing else, what it lacks is taken to be single: misses have no neighbours fetched. A guess is given up with [ErrOutside] when what is read meanwhile is not in it.
 func (q *Queue) Pack(ctx context.Context, x *pack.Index, at int64, open func(ctx context.Context, off int64) (io.ReadCloser, error), guess bool, layers ...*Layer) (PackStats, error) {
 	q.mu.Lock()
 	if q.closed {
@@ -139,7 +145,8 @@ func (q *Queue) Pack(ctx context.Context, x *pack.Index, at int64, open func(ctx
 	defer free()
 	defer time.AfterFunc(packHold, free).Stop()
 	begun := time.Now()
-	u := &unpacking{q: q, layers: layers, x: x, at: at, open: open, p: &packed{begun: begun}}
+	u := &unpacking{q: q, layers: layers, x: x, at: at, open: open, guess: guess, p: &packed{begun: begun}}
+	q.outside.Store(0)
 	err := u.expect()
 	if u.foreign > 0 && x.Paths == nil { // of another build: what has changed since is read as if there were no pack
 		mark(false)
@@ -173,6 +180,7 @@ type unpacking struct {
 	x       *pack.Index
 	at      int64 // of the first frame
 	open    func(ctx context.Context, off int64) (io.ReadCloser, error)
+	guess   bool
 	p       *packed
 	flights []*flight // of the frames, in their order; nil for those that are not needed, or are taken care of
 	here    int       // chunks
@@ -317,6 +325,8 @@ func (u *unpacking) read(ctx context.Context) error {
 			return ErrBadPack
 		case u.lost.Load() >= maxBad:
 			return errFullStore
+		case u.guess && u.q.outside.Load() >= maxOutside:
+			return ErrOutside
 		case !slices.ContainsFunc(u.layers, func(l *Layer) bool { return l.ctx.Err() == nil }):
 			return errRemoved
 		}
@@ -465,6 +475,7 @@ func (q *Queue) joinPack(key store.Key, i int) *flight {
 		return nil
 	}
 	f.waiters.Add(1)
+	q.outside.Store(0)
 	return f
 }
 

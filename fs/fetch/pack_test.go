@@ -673,3 +673,30 @@ func TestGuessedPack(t *testing.T) {
 		})
 	}
 }
+
+// TestPackOutside: a guess is given up when reads want other things, and a pack that was recorded is not.
+func TestPackOutside(t *testing.T) {
+	files := equal(420, 64<<10)
+	s := build(t, files)
+	for _, guess := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			w := s.enter(t)
+			p := s.packOf(t, files[:100]...)
+			p.fault = func(int, int64, int64) fault { return fault{pace: 10 * time.Millisecond} }
+			result := make(chan error)
+			go func() {
+				_, err := w.q.Pack(ctx, p.x, p.at, p.open, guess, w.layer)
+				result <- err
+			}()
+			time.Sleep(50 * time.Millisecond)
+			w.want(files[10], 0, 10) // comes with the pack
+			for i := range maxOutside {
+				w.want(files[419-13*i], 0, 10)
+			}
+			if err := <-result; errors.Is(err, ErrOutside) != guess {
+				t.Errorf("a guess %v: %v", guess, err)
+			}
+			w.nothingLeft()
+		})
+	}
+}

@@ -129,7 +129,6 @@ func TestRoundTrip(t *testing.T) {
 	}
 }
 
-// TestBadPaths: a list of paths that is too long, too short or no list is an error, however small it is.
 // TestQuick: who has no time gets a larger pack.
 func TestQuick(t *testing.T) {
 	var text strings.Builder
@@ -153,6 +152,7 @@ func TestQuick(t *testing.T) {
 	}
 }
 
+// TestBadPaths: a list of paths that is too long, too short or no list is an error, however small it is.
 func TestBadPaths(t *testing.T) {
 	whole := build(t, nil, pieces(3))
 	le := binary.LittleEndian

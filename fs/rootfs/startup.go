@@ -359,7 +359,11 @@ func (s *Startup) into(layers []*fetch.Layer, tocs []*toc.TOC) (fetch.PackStats,
 	if s.digest == (v1.Hash{}) && s.index.Paths != nil {
 		s.work.Go(func() { s.ahead(changed(s.index, tocs), layers) })
 	}
-	return s.n.queue.Pack(s.ctx, s.index, at, open, s.guess, layers...)
+	stats, err := s.n.queue.Pack(s.ctx, s.index, at, open, s.guess, layers...)
+	if errors.Is(err, fetch.ErrOutside) {
+		err = nil // not the pack's fault, and nothing to do about it
+	}
+	return stats, err
 }
 
 // maxSkip is how many bytes of a pack are read over rather than asked around.

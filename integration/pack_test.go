@@ -16,6 +16,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-containerregistry/pkg/registry"
 	"golang.org/x/sys/unix"
@@ -361,6 +362,66 @@ func TestStartupPackContainerd(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestStartupPackRemoved: a pack that never ends holds up neither a start nor the removal of its image, and is given up with that.
+func TestStartupPackRemoved(t *testing.T) {
+	needRoot(t)
+	begun, ended := make(chan struct{}), make(chan struct{})
+	var endless string // which blob
+	r := apiRegistry(t, func(next http.Handler) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) {
+			if endless == "" || q.Method != "GET" || !strings.HasSuffix(q.URL.Path, endless) {
+				next.ServeHTTP(w, q)
+				return
+			}
+			a := &answer{header: w.Header(), status: http.StatusOK}
+			next.ServeHTTP(a, q)
+			w.WriteHeader(a.status)
+			half := a.body.Len() / 2
+			w.Write(a.body.Next(half))
+			close(begun)
+			for q.Context().Err() == nil { // a byte a second, or it would count as dead
+				w.Write(a.body.Next(1))
+				http.NewResponseController(w).Flush()
+				select {
+				case <-time.After(time.Second):
+				case <-q.Context().Done():
+				}
+			}
+			close(ended)
+			panic(http.ErrAbortHandler)
+		})
+	})
+	c := newCLI(t)
+	n := startNode(t, daemonOptions{}, containerdOptions{})
+	lazy, want := packImage(t, 30, 1)
+	ref := r.Push(t, lazy, "app")
+	c.ok("profile", "-o", c.dir+"/p", ref)
+	c.ok("profile", "pack", "--profile", c.dir+"/p", "-o", c.dir+"/pack", ref)
+	good, err := os.ReadFile(c.dir + "/pack")
+	must(t, err)
+	pushPack(t, ref, good)
+	endless = fmt.Sprintf("sha256:%x", sha256.Sum256(good))
+	must(t, n.pull(ref))
+	<-begun
+	if out, err := n.run(ref, "job", nil); err != nil || out != want {
+		t.Errorf("%v, output:\n%s\nwant:\n%s", err, out, want)
+	}
+	select {
+	case <-ended:
+		t.Fatal("the pack was given up while its image is here")
+	default:
+	}
+	n.mustCtr(t, "image", "rm", "--sync", ref)
+	eventually(t, "the pack of an image that was removed is still being fetched", func() bool {
+		select {
+		case <-ended:
+			return true
+		default:
+			return false
+		}
+	})
 }
 
 // TestProfileCommand: what a user may do with it.

@@ -70,6 +70,10 @@ type pull struct {
 	// startup pack brought. It is nil if there is nothing to give back.
 	release func()
 
+	// Under pulls.mu, when the startup pack is being fetched:
+	chain string // of the layers
+	stop  func() // gives the pack up
+
 	finished chan struct{} // closed when all is done
 }
 
@@ -94,6 +98,17 @@ const (
 type pulls struct {
 	mu sync.Mutex
 	m  map[string]*pull
+}
+
+// removed gives up the startup packs of a chain, whose image has been removed.
+func (p *pulls) removed(chain string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, x := range p.m {
+		if x.stop != nil && x.chain == chain {
+			x.stop()
+		}
+	}
 }
 
 // pull returns the pull of an image, which it begins if there is none.
@@ -198,6 +213,11 @@ func (s *Snapshotter) resolve(ctx context.Context, p *pull, q request) error {
 			return nil
 		})
 		if p.release, err = chain.Use(); err == nil {
+			ctx, stop := context.WithCancel(ctx)
+			defer stop()
+			s.pulls.mu.Lock()
+			p.chain, p.stop = chain.ID(), stop
+			s.pulls.mu.Unlock()
 			if err := chain.Start(ctx, startup, tocs); err != nil && ctx.Err() == nil {
 				s.log.Warn("the startup pack was not of use", "image", q.ref.String(), "err", err)
 			}

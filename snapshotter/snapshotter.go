@@ -569,6 +569,7 @@ func (s *Snapshotter) removeBehind(id string) {
 	s.removing[id] = true
 	s.work.Go(func() {
 		image, _ := rootfs.ReadRecord(s.dir(id, rootfs.ImageRecord)) // most snapshots have none
+		s.pulls.removed(image.Chain)
 		err := s.detach(id)
 		if err == nil {
 			err = os.RemoveAll(s.dir(id))

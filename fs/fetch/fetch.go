@@ -50,10 +50,11 @@ type Layer struct {
 	// other layers.
 	Whole func(ctx context.Context) error
 
-	packed  atomic.Bool     // a startup pack has brought what a start wants of it
-	members []atomic.Bool   // all of the member's chunks were seen in the store
-	ctx     context.Context // ends when the layer is removed; the life of its fetches
-	cancel  context.CancelCauseFunc
+	packed   atomic.Bool            // a startup pack has brought what a start wants of it, or brings it
+	arriving atomic.Pointer[packed] // which does so; nil for none
+	members  []atomic.Bool          // all of the member's chunks were seen in the store
+	ctx      context.Context        // ends when the layer is removed; the life of its fetches
+	cancel   context.CancelCauseFunc
 
 	// Under Queue.mu:
 	streams [4]stream
@@ -138,7 +139,6 @@ type Queue struct {
 	demandSlots, aheadSlots, fillSlots, decoders chan struct{}
 	waiting                                      atomic.Int64 // demand reads that wait
 	packing                                      atomic.Int64 // startup packs that arrive, which hold fills up
-	outside                                      atomic.Int64 // reads since the last that joined one
 	active                                       atomic.Int64 // when last somebody waited, or something came that is no fill's, in Unix nanoseconds
 	quiet                                        chan struct{}
 	quietMu                                      sync.Mutex

@@ -153,11 +153,11 @@ func (q *Queue) demand(o *Object, src source, first, last int, usePack bool) []*
 		start, _ := l.Table.Member(m)
 		_, end := l.Table.Member(to - 1)
 		waits = true
-		if usePack && !q.expected(o.key, i) {
-			q.outside.Add(1)
+		if p := l.arriving.Load(); p != nil {
+			p.sent.Add(1)
 		}
 		window := q.window(l, m, to)
-		if !l.packed.Load() { // else what a start wants of the rest comes with the pack, or came
+		if !l.hasPack() { // else what a start wants of the rest comes with the pack, or came
 			window = max(window, restOf(src, to))
 		}
 		begun, next := q.startRun(l, m, l.Table.NumMembers(), end-start+window, demand, to)
@@ -237,7 +237,7 @@ func (q *Queue) window(l *Layer, first, end int) int64 {
 		}
 	}
 	window := q.link.window()
-	if l.packed.Load() {
+	if l.hasPack() {
 		// What a start wants has come. What is missing is single, unless it turns out to be read in sequence.
 		window = 1
 	}

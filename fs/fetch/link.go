@@ -53,3 +53,10 @@ func (k *link) window() int64 {
 	}
 	return min(max(int64(k.rate*trip.Seconds()), minWindow), topWindow)
 }
+
+// speed returns how fast large answers come, in bytes per second, or 0 if that is not known.
+func (k *link) speed() int64 {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return int64(k.rate)
+}

@@ -32,6 +32,13 @@ type packed struct {
 	latest  atomic.Int64 // when bytes came last, in nanoseconds from begun
 	late    atomic.Int64 // the end of the furthest frame that was waited for in vain
 	vain    atomic.Int32 // how often late grew
+
+	most      int32 // requests that may be sent beside it
+	link      *link
+	rate      atomic.Int64 // bytes a second, of late; 0 is not known yet
+	mark      time.Time    // when rate was found, by who reads the pack, and
+	marked    int64        // arrived at that time
+	met, sent atomic.Int32 // reads that waited for it and were right; requests of reads that were sent while it came
 }
 
 const (
@@ -40,11 +47,30 @@ const (
 	// maxVain is how often reads wait for a pack in vain before none does any more: what a pack can cost is maxVain times three
 	// packPatience, however it comes in.
 	maxVain = 3
+	// fastPack is how many bytes a second are enough for a pack to be waited for, whatever the link could carry: at 20 ms and 1 Gbit/s
+	// a start without a pack comes to no more of what it needs.
+	fastPack = 8 << 20
+	// A pack is given up if after packTrial maxSent requests more (maxGuessSent, if it is a guess, which lacks something) were sent beside it than reads
+	// had waited for it: one that has what is wanted is here by then, or is what reads wait for.
+	packTrial    = time.Second
+	maxSent      = 4
+	maxGuessSent = 24
 )
 
-// moving reports whether the pack brings something, and reads do not wait in vain for it.
+// moving reports whether the pack brings something, and reads do not wait in vain for it, nor longer than if they asked.
 func (p *packed) moving() bool {
-	return p.vain.Load() < maxVain && time.Since(p.begun)-time.Duration(p.latest.Load()) < packPatience
+	return p.vain.Load() < maxVain && time.Since(p.begun)-time.Duration(p.latest.Load()) < packPatience && p.fast()
+}
+
+// fast reports whether the pack comes nearly as fast as other answers do. While that is not known it does not: reads ask, and then it is.
+func (p *packed) fast() bool {
+	rate := p.rate.Load()
+	return rate == 0 || rate >= fastPack || rate > p.link.speed()*2/3 && p.link.speed() > 0
+}
+
+// useless reports whether reads want something else than what comes, and have the link to share with it.
+func (p *packed) useless() bool {
+	return p.sent.Load() > p.met.Load()+p.most && time.Since(p.begun) > packTrial
 }
 
 // soon returns for how long to wait for what ends at byte end, and whether that is worth it: if not, asking for it is
@@ -77,11 +103,23 @@ func (p *packed) missed(end int64) {
 // came notes that so many bytes are here.
 func (p *packed) came(arrived int64) {
 	p.arrived.Store(arrived)
-	p.latest.Store(int64(time.Since(p.begun)))
+	now := time.Now()
+	p.latest.Store(int64(now.Sub(p.begun)))
+	if p.mark.IsZero() {
+		p.mark = p.begun
+	}
+	if d := now.Sub(p.mark); d >= packPatience {
+		p.rate.Store(max(int64(float64(arrived-p.marked)/d.Seconds()), 1))
+		p.mark, p.marked = now, arrived
+	}
 }
 
-// packHold is for how long a pack keeps fills off the link: a pack that never ends must not do so for ever.
-const packHold = time.Minute
+const (
+	// packHold is for how long a pack keeps fills off the link: a pack that never ends must not do so for ever.
+	packHold = time.Minute
+	// packTime is how long a pack may take: what has not come until then is of no use to a start.
+	packTime = 10 * time.Minute
+)
 
 // PackStats says what came of a startup pack.
 type PackStats struct {
@@ -95,23 +133,23 @@ type PackStats struct {
 const (
 	// maxBad is how many frames of a pack may be bad, or not be taken by the store, before the rest is not looked at.
 	maxBad = 8
-	// maxOutside is how many reads in a row may ask for something that a pack which is a guess does not have, while it arrives: then something
-	// else runs than what was guessed, and needs the link.
-	maxOutside = 24
 	// packTries is how often a pack is asked for when its stream breaks.
 	packTries = 3
 	// skip is how many bytes of a pack that are not needed are read rather than asked around.
 	skip = 1 << 20
+	// maxSkip is how many are read in all before the pack is given up. Asking around counts as skip.
+	maxSkip = 64 << 20
 )
 
 // ErrBadPack says that a startup pack was given up because of what was in it.
 var ErrBadPack = errors.New("the startup pack is not of this image, or damaged")
 
-// ErrOutside says that a pack which is a guess was given up since it was the wrong one.
-var ErrOutside = errors.New("the startup pack was given up: what runs reads something else")
+// ErrUseless says that a startup pack was given up because a start reads something else than what is in it.
+var ErrUseless = errors.New("the startup pack was given up: the start reads something else")
 
 var (
 	errNotPacked = errors.New("it did not come with the startup pack")
+	errScattered = errors.New("the startup pack was given up: what is wanted of it lies scattered in it")
 	errFullStore = errors.New("the startup pack was given up: the store does not take what it brings")
 )
 
@@ -119,7 +157,7 @@ var (
 // layers are those that it has chunks of, and were added. Chunks that are in it are not asked for otherwise while they are expected soon. What is
 // here, or comes with another pack, is not read again. Nothing is believed: frames that cannot be what they say are not even read, what does not
 // verify is dropped, and a pack that has too much of it is given up with [ErrBadPack]. Unless it is a guess, of which nobody has seen that
-// a start reads it and nothing else, what it lacks is taken to be single: misses have no neighbours fetched. A guess is given up with [ErrOutside] when what is read meanwhile is not in it.
+// a start reads it and nothing else, what it lacks is taken to be single: misses have no neighbours fetched. It is given up with [ErrUseless] when what is read meanwhile is not in it.
 func (q *Queue) Pack(ctx context.Context, x *pack.Index, at int64, open func(ctx context.Context, off int64) (io.ReadCloser, error), guess bool, layers ...*Layer) (PackStats, error) {
 	q.mu.Lock()
 	if q.closed {
@@ -132,6 +170,8 @@ func (q *Queue) Pack(ctx context.Context, x *pack.Index, at int64, open func(ctx
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	defer context.AfterFunc(q.ctx, func() { cancel(errClosed) })()
+	ctx, stop := context.WithTimeoutCause(ctx, packTime, fmt.Errorf("it has not come within %v", packTime))
+	defer stop()
 
 	mark := func(packed bool) {
 		for _, l := range layers {
@@ -140,18 +180,21 @@ func (q *Queue) Pack(ctx context.Context, x *pack.Index, at int64, open func(ctx
 			}
 		}
 	}
-	mark(true)
 	free := q.holdFills()
 	defer free()
 	defer time.AfterFunc(packHold, free).Stop()
 	begun := time.Now()
-	u := &unpacking{q: q, layers: layers, x: x, at: at, open: open, guess: guess, p: &packed{begun: begun}}
-	q.outside.Store(0)
-	err := u.expect()
-	if u.foreign > 0 && x.Paths == nil { // of another build: what has changed since is read as if there were no pack
-		mark(false)
+	u := &unpacking{q: q, layers: layers, x: x, at: at, open: open, p: &packed{begun: begun, link: &q.link, most: maxSent}}
+	if guess {
+		u.p.most = maxGuessSent
 	}
+	err := u.expect()
 	if err == nil {
+		for _, l := range layers {
+			l.arriving.Store(u.p)
+		}
+		// Of another build: what has changed since is read as if there were no pack, unless the pack says where it lies.
+		mark(u.foreign == 0 || x.Paths != nil)
 		u.p.latest.Store(int64(time.Since(begun))) // the network has had no time yet
 		err = u.read(ctx)
 	}
@@ -161,6 +204,9 @@ func (q *Queue) Pack(ctx context.Context, x *pack.Index, at int64, open func(ctx
 		}
 	}
 	u.work.Wait()
+	for _, l := range layers {
+		l.arriving.CompareAndSwap(u.p, nil)
+	}
 	s := PackStats{Bytes: u.p.arrived.Load(), Here: u.here, Bad: int(u.bad.Load())}
 	s.Chunks, s.Foreign = u.chunks(), u.foreign
 	if s.Bad >= maxBad && err == nil {
@@ -180,13 +226,13 @@ type unpacking struct {
 	x       *pack.Index
 	at      int64 // of the first frame
 	open    func(ctx context.Context, off int64) (io.ReadCloser, error)
-	guess   bool
 	p       *packed
 	flights []*flight // of the frames, in their order; nil for those that are not needed, or are taken care of
 	here    int       // chunks
 	foreign int       // chunks of objects that no layer has
 	size    int64     // bytes of the frames that are needed, inflated
 	wanted  int64     // of these, that are of chunks that are not here
+	skipped int64     // bytes that were read over, or asked around
 
 	work      sync.WaitGroup
 	bad, lost atomic.Int32 // frames that are not what they say, or are not taken by the store
@@ -199,7 +245,7 @@ func (u *unpacking) expect() error {
 	end := int64(0)
 	for i := range u.x.Frames {
 		f := &flight{frame: &u.x.Frames[i], pack: u.p, done: make(chan struct{})}
-		missing, wanted, foreign, err := q.missing(f.frame)
+		missing, foreign, err := q.missing(f.frame)
 		if err != nil {
 			q.log.Debug("startup pack", "frame", i, "err", err)
 			if u.bad.Add(1) >= maxBad {
@@ -209,26 +255,11 @@ func (u *unpacking) expect() error {
 		}
 		u.foreign += foreign
 		u.here += len(f.frame.Chunks) - len(missing) - foreign
-		// At least half of all bytes that are fetched are wanted: so nobody can have more fetched than twice what the layers have.
-		if 2*(u.wanted+wanted) < u.size+int64(f.frame.Inflated) {
-			continue
-		}
-		needed := false
-		q.mu.Lock()
-		for _, id := range missing {
-			if other := q.packs[id]; other == nil || other.pack != u.p && !other.pack.moving() {
-				q.packs[id] = f
-				needed = true
-			}
-		}
-		if needed {
-			u.size += int64(f.frame.Inflated)
-			u.wanted += wanted
+		if u.claim(f, missing) {
 			end += int64(f.frame.Size)
 			f.end = end
 			u.flights[i] = f
 		}
-		q.mu.Unlock()
 	}
 	if 2*u.foreign > u.chunks() {
 		return ErrBadPack
@@ -243,10 +274,44 @@ func (u *unpacking) chunks() (n int) {
 	return n
 }
 
+// claim has reads wait for a frame, for those of the chunks missing that come with no other, and reports whether it is to be fetched. It is not if that
+// made these chunks less than half of all bytes that are fetched: so nobody can have more fetched than twice what the layers have.
+func (u *unpacking) claim(f *flight, missing []pack.Chunk) bool {
+	q := u.q
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	wanted := int64(0)
+	for _, c := range missing {
+		id := idOf(c)
+		if other := q.packs[id]; other == nil || other.pack != u.p && !other.pack.moving() {
+			q.packs[id] = f
+			wanted += int64(c.Size)
+		}
+	}
+	size := u.size + int64(f.frame.Inflated)
+	if wanted == 0 || 2*(u.wanted+wanted) < size {
+		q.unclaim(f)
+		return false
+	}
+	u.size, u.wanted = size, u.wanted+wanted
+	return true
+}
+
+// unclaim has no read wait for a frame any more. The caller holds q.mu.
+func (q *Queue) unclaim(f *flight) {
+	for _, c := range f.frame.Chunks {
+		if id := idOf(c); q.packs[id] == f {
+			delete(q.packs, id)
+		}
+	}
+}
+
+func idOf(c pack.Chunk) packID { return packID{1<<63 | c.Object>>1, c.Index} }
+
 // missing returns the chunks of a frame that are not here, or an error if the tables of contents say that the frame cannot be
-// what it claims. wanted are the bytes of these chunks, foreign the chunks of objects that no layer has: the pack may be of another
+// what it claims. foreign are the chunks of objects that no layer has: the pack may be of another
 // build of the image.
-func (q *Queue) missing(frame *pack.Frame) (list []packID, wanted int64, foreign int, err error) {
+func (q *Queue) missing(frame *pack.Frame) (list []pack.Chunk, foreign int, err error) {
 	size := int64(0)
 	for _, c := range frame.Chunks {
 		size += int64(c.Size)
@@ -256,27 +321,26 @@ func (q *Queue) missing(frame *pack.Frame) (list []packID, wanted int64, foreign
 			continue
 		}
 		if err != nil {
-			return nil, 0, 0, err
+			return nil, 0, err
 		}
 		if int64(c.Size) != chunk.Size {
 			o.Close()
-			return nil, 0, 0, fmt.Errorf("startup pack: chunk %d of object %v has %d bytes, not %d", c.Index, o.key, chunk.Size, c.Size)
+			return nil, 0, fmt.Errorf("startup pack: chunk %d of object %v has %d bytes, not %d", c.Index, o.key, chunk.Size, c.Size)
 		}
 		if !o.has(c.Index) {
-			list = append(list, packID{id(o.key), c.Index})
-			wanted += chunk.Size
+			list = append(list, c)
 		}
 		o.Close()
 	}
 	if size != int64(frame.Inflated) {
-		return nil, 0, 0, fmt.Errorf("startup pack: a frame of %d bytes for chunks of %d", frame.Inflated, size)
+		return nil, 0, fmt.Errorf("startup pack: a frame of %d bytes for chunks of %d", frame.Inflated, size)
 	}
-	return list, wanted, foreign, nil
+	return list, foreign, nil
 }
 
 // openPacked opens the object that a pack's chunk is of, and returns what its layer's table says of the chunk. The caller closes it.
 func (q *Queue) openPacked(c pack.Chunk) (*Object, toc.Chunk, error) {
-	o, err := q.Open(1<<63 | c.Object>>1)
+	o, err := q.Open(idOf(c).object)
 	if err != nil {
 		return nil, toc.Chunk{}, fmt.Errorf("startup pack: object %x: %w", c.Object, err)
 	}
@@ -315,7 +379,7 @@ func (u *unpacking) read(ctx context.Context) error {
 				break
 			}
 			body.close()
-			if tries++; ctx.Err() != nil || tries > packTries {
+			if tries++; ctx.Err() != nil || tries > packTries || errors.Is(err, errScattered) || errors.Is(err, ErrUseless) {
 				buffers.put(b)
 				return fmt.Errorf("startup pack: at byte %d: %w", off, cmp.Or(context.Cause(ctx), err))
 			}
@@ -325,8 +389,6 @@ func (u *unpacking) read(ctx context.Context) error {
 			return ErrBadPack
 		case u.lost.Load() >= maxBad:
 			return errFullStore
-		case u.guess && u.q.outside.Load() >= maxOutside:
-			return ErrOutside
 		case !slices.ContainsFunc(u.layers, func(l *Layer) bool { return l.ctx.Err() == nil }):
 			return errRemoved
 		}
@@ -368,8 +430,13 @@ func (b *packBody) close() {
 
 // fill reads p at byte off of the pack, which comes behind what was read so far. end is where p ends in bytes of the frames that are read.
 func (b *packBody) fill(ctx context.Context, p []byte, off, end int64) error {
-	if b.ReadCloser != nil && off-b.pos > skip {
-		b.close()
+	if b.ReadCloser != nil {
+		if b.u.skipped += min(off-b.pos, skip); b.u.skipped > maxSkip {
+			return errScattered
+		}
+		if off-b.pos > skip {
+			b.close()
+		}
 	}
 	if b.ReadCloser == nil {
 		b.u.q.requests.Add(1)
@@ -386,6 +453,9 @@ func (b *packBody) fill(ctx context.Context, p []byte, off, end int64) error {
 		return noEOF(err)
 	}
 	for n := 0; n < len(p); {
+		if b.u.p.useless() {
+			return ErrUseless
+		}
 		m, err := b.Read(p[n:])
 		n += m
 		b.pos += int64(m)
@@ -450,11 +520,7 @@ func (q *Queue) unpackChunk(f *flight, c pack.Chunk, data []byte) (int64, error)
 func (q *Queue) landed(f *flight, err error) {
 	f.err = err
 	q.mu.Lock()
-	for _, c := range f.frame.Chunks {
-		if id := (packID{1<<63 | c.Object>>1, c.Index}); q.packs[id] == f {
-			delete(q.packs, id)
-		}
-	}
+	q.unclaim(f)
 	if f.waiters.Load() == 0 {
 		f.data = nil
 	}
@@ -475,8 +541,13 @@ func (q *Queue) joinPack(key store.Key, i int) *flight {
 		return nil
 	}
 	f.waiters.Add(1)
-	q.outside.Store(0)
 	return f
+}
+
+// hasPack reports whether a startup pack has brought what a start wants of the layer, or brings it.
+func (l *Layer) hasPack() bool {
+	p := l.arriving.Load()
+	return l.packed.Load() && (p == nil || p.moving())
 }
 
 // expected reports whether a startup pack brings chunk i of the object, soon or not so soon.
@@ -490,7 +561,7 @@ func (q *Queue) expected(key store.Key, i int) bool {
 // packed reports whether chunks first to last of the object are what a startup pack has brought, or brings: the start that it was made of has
 // not read on from there, or the pack would have that too.
 func (o *Object) packed(src source, first, last int) bool {
-	if !src.layer.packed.Load() {
+	if !src.layer.hasPack() {
 		return false
 	}
 	for i := first; i <= last; i++ {
@@ -508,6 +579,9 @@ func (f *flight) waitPack(ctx context.Context) bool {
 	defer timer.Stop()
 	select {
 	case <-f.done:
+		if f.err == nil {
+			f.pack.met.Add(1)
+		}
 		return f.err == nil
 	case <-timer.C:
 		f.pack.missed(f.end)

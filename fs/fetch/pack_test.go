@@ -294,7 +294,7 @@ func TestPackBad(t *testing.T) {
 // A pack that came fast and then trickles looks fast for long; reads do not wait for it more than a few times all the same.
 func TestPackVain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		p := &packed{begun: time.Now()}
+		p := &packed{begun: time.Now(), link: &link{rate: 1}} // the link is no faster
 		time.Sleep(time.Second)
 		p.came(100 << 20)
 		waits := 0
@@ -674,28 +674,225 @@ func TestGuessedPack(t *testing.T) {
 	}
 }
 
-// TestPackOutside: a guess is given up when reads want other things, and a pack that was recorded is not.
-func TestPackOutside(t *testing.T) {
+// TestPackUselessGuess: a guess lacks something and is given up later than a pack that was recorded.
+func TestPackUselessGuess(t *testing.T) {
 	files := equal(420, 64<<10)
 	s := build(t, files)
-	for _, guess := range []bool{false, true} {
+	for _, tt := range []struct {
+		guess   bool
+		reads   int // of what is not in the pack
+		useless bool
+	}{{false, 2, false}, {false, 12, true}, {true, 12, false}, {true, maxGuessSent + 4, true}} {
 		synctest.Test(t, func(t *testing.T) {
 			w := s.enter(t)
 			p := s.packOf(t, files[:100]...)
-			p.fault = func(int, int64, int64) fault { return fault{pace: 10 * time.Millisecond} }
+			p.fault = func(int, int64, int64) fault { return fault{pace: time.Millisecond} }
 			result := make(chan error)
 			go func() {
-				_, err := w.q.Pack(ctx, p.x, p.at, p.open, guess, w.layer)
+				_, err := w.q.Pack(ctx, p.x, p.at, p.open, tt.guess, w.layer)
 				result <- err
 			}()
-			time.Sleep(50 * time.Millisecond)
-			w.want(files[10], 0, 10) // comes with the pack
-			for i := range maxOutside {
-				w.want(files[419-13*i], 0, 10)
+			synctest.Wait()
+			for i := range tt.reads {
+				w.want(files[419-11*i], 0, 10)
 			}
-			if err := <-result; errors.Is(err, ErrOutside) != guess {
-				t.Errorf("a guess %v: %v", guess, err)
+			if err := <-result; errors.Is(err, ErrUseless) != tt.useless {
+				t.Errorf("%+v: %v", tt, err)
 			}
+			w.nothingLeft()
+		})
+	}
+}
+
+// Reads do not follow a pack that comes much slower than what they could ask for; and do follow one that is as slow as the link.
+func TestPackSlow(t *testing.T) {
+	s := build(t, equal(40, 300000))
+	start := func(link, pace time.Duration) (took time.Duration, fetched int64) {
+		synctest.Test(t, func(t *testing.T) {
+			w := s.enter(t)
+			w.blob.fault = func(int, int64, int64) fault { return fault{pace: link} }
+			p := s.packOf(t, s.files...)
+			p.fault = func(int, int64, int64) fault { return fault{pace: pace} }
+			ctx, cancel := context.WithCancel(ctx)
+			var all sync.WaitGroup
+			if pace > 0 {
+				all.Go(func() { w.q.Pack(ctx, p.x, p.at, p.open, false, w.layer) })
+				synctest.Wait()
+			}
+			begun := time.Now()
+			w.wantAll(nil)
+			took = time.Since(begun)
+			fetched, _ = w.blob.delivered()
+			cancel()
+			all.Wait()
+		})
+		return took, fetched
+	}
+	const fast, slow = 40 * time.Microsecond, 2 * time.Millisecond // for 4 KiB: 100 and 2 MB/s
+	without, _ := start(fast, 0)
+	if with, _ := start(fast, slow); with > without*6/5+maxVain*3*packPatience {
+		t.Errorf("%v, without the pack %v", with, without)
+	}
+	if _, fetched := start(slow, slow); fetched > 3*firstWindow {
+		t.Errorf("%d bytes were asked for though the pack comes as fast", fetched)
+	}
+}
+
+// Beside a pack that has stalled, misses have neighbours fetched as without a pack.
+func TestPackStalls(t *testing.T) {
+	s := build(t, equal(80, 10000))
+	synctest.Test(t, func(t *testing.T) {
+		w := s.enter(t)
+		p := s.packOf(t, s.files...)
+		p.stall = p.frame(5) + 10
+		ctx, cancel := context.WithCancel(ctx)
+		var all sync.WaitGroup
+		all.Go(func() { w.q.Pack(ctx, p.x, p.at, p.open, false, w.layer) })
+		time.Sleep(time.Second)
+		for i := range 40 {
+			w.want(s.files[39+i*17%40], 0, 10) // not in sequence
+			synctest.Wait()
+		}
+		if n := w.blob.requests(); n > 10 {
+			t.Errorf("%d requests for 40 files", n)
+		}
+		cancel()
+		all.Wait()
+		w.nothingLeft()
+	})
+}
+
+// A pack that nobody waits for while reads want something else is given up, and one that they wait for is not.
+func TestPackUseless(t *testing.T) {
+	s := build(t, equal(80, 60000))
+	for _, wanted := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			w := s.enter(t)
+			p := s.packOf(t, s.files[40:]...)
+			p.fault = func(int, int64, int64) fault { return fault{pace: 4 * time.Millisecond} } // 60 ms each
+			w.q.link.rate = 1                                                                    // which is as fast as it gets
+			var all sync.WaitGroup
+			all.Go(func() {
+				st, err := w.take(p)
+				if given := errors.Is(err, ErrUseless); given == wanted || given != (st.Bytes < 40*60000) {
+					t.Errorf("wanted %v: %+v, %v", wanted, st, err)
+				}
+			})
+			time.Sleep(packTrial / 2)
+			x := w.layer.arriving.Load()
+			for i := range maxSent + 2 { // each by itself
+				w.want(s.files[i*2], 0, 10)
+				if wanted {
+					w.want(s.files[40+8+i], 0, 10)
+				}
+			}
+			if x.sent.Load() <= maxSent || x.met.Load() > 0 != wanted {
+				t.Errorf("%d requests were sent, %d reads were right to wait", x.sent.Load(), x.met.Load())
+			}
+			all.Wait()
+			w.wantAll(nil)
+			w.nothingLeft()
+		})
+	}
+}
+
+// A drawn is a pack without an index of its own: each frame is some bytes over and over.
+type drawn struct {
+	frames []pack.Frame
+	bytes  [][]byte // of the frames
+	asked  int
+	sent   int64
+}
+
+func (d *drawn) add(p []byte, chunks ...pack.Chunk) {
+	f := pack.Frame{Chunks: chunks}
+	for _, c := range chunks {
+		f.Size += c.Size
+	}
+	f.Inflated = f.Size
+	d.frames, d.bytes = append(d.frames, f), append(d.bytes, p)
+}
+
+func (d *drawn) open(_ context.Context, off int64) (io.ReadCloser, error) {
+	d.asked++
+	return io.NopCloser(&drawnReader{d, off}), nil
+}
+
+type drawnReader struct {
+	*drawn
+	off int64
+}
+
+func (r *drawnReader) Read(p []byte) (int, error) {
+	at := r.off
+	for i, f := range r.frames {
+		if at < int64(f.Size) {
+			b := r.bytes[i]
+			n := copy(p[:min(len(p), f.Size-int(at))], b[at%int64(len(b)):])
+			r.off += int64(n)
+			r.sent += int64(n)
+			return n, nil
+		}
+		at -= int64(f.Size)
+	}
+	return 0, io.EOF
+}
+
+// However a pack repeats, pads and scatters what is wanted, not much more than twice that is fetched.
+func TestPackPadded(t *testing.T) {
+	const size = 9000 // a chunk each
+	s := build(t, equal(150, size))
+	chunk := func(i int) pack.Chunk {
+		key := s.key(s.files[i].name)
+		return pack.Chunk{Object: binary.BigEndian.Uint64(key[:]), Size: size}
+	}
+	junk := func(n int) pack.Chunk { return pack.Chunk{Object: 12345, Size: n} }
+	for name, c := range map[string]struct {
+		draw func(d *drawn)
+		most int64 // bytes that are read
+		err  error
+	}{
+		"a chunk again and again": {func(d *drawn) {
+			for i := range 100 {
+				d.add(s.files[i].data, slices.Repeat([]pack.Chunk{chunk(i)}, 100)...)
+			}
+		}, 0, nil},
+		"a new one with old ones": {func(d *drawn) {
+			for i := range 100 {
+				var list []pack.Chunk
+				for j := range i + 1 {
+					list = append(list, chunk(i-j))
+				}
+				d.add(s.files[i].data, list...)
+			}
+		}, 2*100*size + skip, nil}, // some is read over
+		"half of it junk": {func(d *drawn) {
+			for i := range 100 {
+				d.add(append(slices.Clone(s.files[i].data), make([]byte, size)...), chunk(i), junk(size))
+			}
+		}, 2 * 100 * size, nil},
+		"junk between": {func(d *drawn) {
+			for i := range 140 {
+				d.add(s.files[i].data, chunk(i))
+				d.add(make([]byte, 1), slices.Repeat([]pack.Chunk{chunk(0)}, skip/size)...)
+			}
+		}, maxSkip + 100*size, errScattered},
+		"much junk between": {func(d *drawn) {
+			for i := range 140 {
+				d.add(s.files[i].data, chunk(i))
+				d.add(make([]byte, 1), slices.Repeat([]pack.Chunk{chunk(0)}, 2*skip/size)...)
+			}
+		}, 100 * size, errScattered},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := s.enter(t)
+			d := &drawn{}
+			c.draw(d)
+			st, err := w.q.Pack(ctx, &pack.Index{Frames: d.frames}, 0, d.open, false, w.layer)
+			if !errors.Is(err, c.err) || d.sent > c.most || d.asked > maxSkip/skip+packTries {
+				t.Errorf("%+v, %v; %d bytes in %d requests, want %d at most", st, err, d.sent, d.asked, c.most)
+			}
+			w.wantAll(nil)
 			w.nothingLeft()
 		})
 	}

@@ -360,8 +360,11 @@ func (s *Startup) into(layers []*fetch.Layer, tocs []*toc.TOC) (fetch.PackStats,
 		s.work.Go(func() { s.ahead(changed(s.index, tocs), layers) })
 	}
 	stats, err := s.n.queue.Pack(s.ctx, s.index, at, open, s.guess, layers...)
-	if errors.Is(err, fetch.ErrOutside) {
-		err = nil // not the pack's fault, and nothing to do about it
+	if s.body != nil { // nobody wanted it
+		s.body.Close()
+	}
+	if s.guess && errors.Is(err, fetch.ErrUseless) {
+		err = nil // another command runs
 	}
 	return stats, err
 }

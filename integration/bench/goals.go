@@ -37,7 +37,7 @@ type goal struct {
 	number func(*figures) float64
 }
 
-var goals = []goal{
+var goals = append([]goal{
 	faster(cold, "lazuli-pack", "stargz-opt", 0.5),
 	{"cold: ready, lazuli-run-pack / (1.15 floor + 0.15 s)", 1, func(f *figures) float64 {
 		return f.ready(cold, "lazuli-run-pack") / (1.15*f.ready(cold, "floor") + 0.15)
@@ -56,11 +56,25 @@ var goals = []goal{
 	faster(second, "lazuli-pack", "overlayfs", 1.05),
 	crowd("lazuli"),
 	crowd("lazuli-pack"),
-}
+}, wrongGoals()...)
 
 // faster compares the times of READY of two systems.
 func faster(mode, system, other string, most float64) goal {
 	return goal{fmt.Sprintf("%s: ready, %s / %s", mode, system, other), most, func(f *figures) float64 { return f.ready(mode, system) / f.ready(mode, other) }}
+}
+
+// wrongGoals hold starts with wrong packs against those without one, and what a node fetches of a wrong pack against what it may: a frame is fetched
+// if half of it is new and of the image.
+func wrongGoals() (list []goal) {
+	none := wrong + "-" + wrongPacks[0].kind
+	for _, p := range wrongPacks[1:] {
+		system := wrong + "-" + p.kind
+		list = append(list, faster(wrong, system, none, 1.2),
+			goal{fmt.Sprintf("%s: %s, bytes of the pack / bytes of the image's files", wrong, system), 2, func(f *figures) float64 {
+				return f.of(wrong, system, func(r *Run) float64 { return float64(r.Wrong.Bytes) / float64(r.Wrong.Content) })
+			}})
+	}
+	return list
 }
 
 // crowd holds the last of twenty jobs against one, and what the processors have to do in the containers.

@@ -86,19 +86,20 @@ type form struct {
 	// program converts: what it makes is made again when it has changed. "" is none.
 	program func(*world) string
 	convert func(ctx context.Context, w *world, im image, dst string) error
+	wrong   *wrongPack // that the image, as Lazuli converts it, has beside it in the registry
 }
 
 var (
 	ordinary = &form{name: "ordinary"}
-	lazy     = &form{"lazuli", func(w *world) string { return w.Lazuli }, func(ctx context.Context, w *world, im image, dst string) error {
+	lazy     = &form{name: "lazuli", program: func(w *world) string { return w.Lazuli }, convert: func(ctx context.Context, w *world, im image, dst string) error {
 		return run(ctx, w.Lazuli, "--root", filepath.Join(w.Work, "convert"), "convert", "--quiet", "oci:"+im.Dir, "oci:"+dst)
 	}}
-	packed  = &form{name: "lazuli-pack"}                                                 // lazy, and with a pack in the registry
-	rebuilt = &form{"rebuilt", func(*world) string { return "/proc/self/exe" }, rebuild} // made lazy, it lies beside packed
-	stargz  = &form{"stargz", func(w *world) string { return w.Peers }, func(ctx context.Context, w *world, im image, dst string) error {
+	packed  = &form{name: "lazuli-pack"}                                                                         // lazy, and with a pack in the registry
+	rebuilt = &form{name: "rebuilt", program: func(*world) string { return "/proc/self/exe" }, convert: rebuild} // made lazy, it lies beside packed
+	stargz  = &form{name: "stargz", program: func(w *world) string { return w.Peers }, convert: func(ctx context.Context, w *world, im image, dst string) error {
 		return run(ctx, w.Peers, "stargz-convert", im.Dir, dst)
 	}}
-	stargzOptimized = &form{"stargz-opt", stargz.program, func(ctx context.Context, w *world, im image, dst string) error {
+	stargzOptimized = &form{name: "stargz-opt", program: stargz.program, convert: func(ctx context.Context, w *world, im image, dst string) error {
 		list, err := record(ctx, w, im)
 		if err != nil {
 			return fmt.Errorf("what the job opens: %w", err)
@@ -120,7 +121,7 @@ func (w *world) prepare(ctx context.Context, im image, f *form) (string, error) 
 	if w.prepared[ref] {
 		return ref, nil
 	}
-	if f == rebuilt {
+	if f == rebuilt || f.wrong != nil {
 		if _, err := w.prepare(ctx, im, packed); err != nil {
 			return "", err
 		}
@@ -137,18 +138,24 @@ func (w *world) prepare(ctx context.Context, im image, f *form) (string, error) 
 	if err != nil {
 		return "", err
 	}
+	if f.wrong != nil { // its blobs are in the registry already: they are mounted
+		if pushed, err = remote.Image(to.Context().Registry.Repo(packed.name, im.Name).Tag("latest"), w.past(ctx)...); err != nil {
+			return "", err
+		}
+	}
 	if err := remote.Write(to, pushed, w.past(ctx)...); err != nil {
 		return "", err
 	}
 	w.prepared[ref] = true
-	if f == lazy { // what a conversion into a registry puts beside the image
-		err := run(ctx, w.Lazuli, "--root", filepath.Join(w.Work, "convert"), "convert", "--quiet", ref, ref)
-		return ref, err
+	switch {
+	case f == lazy: // what a conversion into a registry puts beside the image
+		err = run(ctx, w.Lazuli, "--root", filepath.Join(w.Work, "convert"), "convert", "--quiet", ref, ref)
+	case f == packed:
+		err = w.profile(ctx, im, to, pushed, dir)
+	case f.wrong != nil:
+		err = w.pushWrong(ctx, im, to, f.wrong)
 	}
-	if f != packed {
-		return ref, nil
-	}
-	return ref, w.profile(ctx, im, to, pushed, dir)
+	return ref, err
 }
 
 // past returns what it takes to reach the registry past the link.
@@ -158,10 +165,10 @@ func (w *world) past(ctx context.Context) []remote.Option {
 
 // converted returns the layout of the image in a form. What is made stays in the cache, until the image or the program that converts it is another.
 func (w *world) converted(ctx context.Context, im image, f *form) (dir string, err error) {
-	switch f {
-	case packed:
+	switch {
+	case f == packed || f.wrong != nil:
 		f = lazy
-	case rebuilt:
+	case f == rebuilt:
 		if im.Dir, err = w.made(ctx, im, f); err != nil {
 			return "", err
 		}

@@ -27,11 +27,12 @@ const (
 	second = "second" // run, on a node on which the same job has run before, once nothing more is fetched
 	again  = "again"  // the same, at once
 	twenty = "twenty" // pull, and run twenty containers at once; the times are of the last of them
+	wrong  = "wrong"  // cold, with startup packs that are wrong; then the image is removed
 	// pull and run a job that reads so many percent of the image's bytes of files instead of the image's own; it is ready when it has read them
 	read = "read"
 )
 
-var modes = []string{cold, second, again, twenty, read + "5", read + "10", read + "25", read + "50", read + "100"}
+var modes = []string{cold, second, again, twenty, wrong, read + "5", read + "10", read + "25", read + "50", read + "100"}
 
 func parseModes(s string) (list []string, err error) {
 	for m := range strings.FieldsFuncSeq(s, separator) {
@@ -71,14 +72,15 @@ type Run struct {
 	Ready float64 `json:"ready"` // the line that says that the job is ready
 	Exit  float64 `json:"exit"`  // ctr run has ended
 
-	Bytes      int64    `json:"bytes"`          // of answers that the registry has sent until then
-	Needed     int64    `json:"needed"`         // bytes of files that reads have waited for; -1 if the system does not tell
-	CPU        float64  `json:"cpu"`            // seconds, of everything from ctr to the job
-	Overhead   float64  `json:"overhead"`       // of those, without what ran in containers; 0 if that is not known
-	Daemon     int64    `json:"daemon"`         // most bytes of memory of the snapshotter, or of lazuli run; 0 if there is none
-	Containerd int64    `json:"containerd"`     // and of containerd
-	Pack       *packUse `json:"pack,omitempty"` // nil if the image has no startup pack of its own
-	Phases     []mark   `json:"phases,omitempty"`
+	Bytes      int64     `json:"bytes"`           // of answers that the registry has sent until then
+	Needed     int64     `json:"needed"`          // bytes of files that reads have waited for; -1 if the system does not tell
+	CPU        float64   `json:"cpu"`             // seconds, of everything from ctr to the job
+	Overhead   float64   `json:"overhead"`        // of those, without what ran in containers; 0 if that is not known
+	Daemon     int64     `json:"daemon"`          // most bytes of memory of the snapshotter, or of lazuli run; 0 if there is none
+	Containerd int64     `json:"containerd"`      // and of containerd
+	Pack       *packUse  `json:"pack,omitempty"`  // nil if the image has no startup pack of its own
+	Wrong      *wrongUse `json:"wrong,omitempty"` // nil if the image has no wrong one
+	Phases     []mark    `json:"phases,omitempty"`
 	// Requests to the registry; those that have no end yet were under way.
 	Requests []request `json:"requests"`
 }
@@ -178,6 +180,7 @@ func (w *world) measure(ctx context.Context) error {
 				if err := w.network.shape(ctx, l); err != nil {
 					return err
 				}
+				w.registry.over(l)
 				for _, mode := range w.Modes {
 					for _, s := range list {
 						if !s.fits(mode) {
@@ -292,6 +295,11 @@ func (n *node) measure(ctx context.Context, im image, ref string, result *Run) e
 	}
 	if p := w.packs[im.Name]; n.s.form == packed && !warm {
 		result.Pack = p.use(result.Requests)
+	}
+	if n.s.form.wrong != nil && n.s.form.wrong != wrongPacks[0] {
+		var err3 error
+		result.Wrong, err3 = n.after(ctx, im, ref)
+		err2 = errors.Join(err2, err3)
 	}
 	return errors.Join(err, err2, n.wasCold(im, result))
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -20,10 +21,13 @@ import (
 
 // A startupPack is what an image has in the registry.
 type startupPack struct {
-	path   string // of the blob, in the registry
-	needed int64
-	chunks int
-	places map[string][]int64 // where the members of the layers' chunks begin in the blobs, sorted, by the blob's digest; as many times as there are chunks in them
+	path    string // of the blob, in the registry
+	blob    []byte
+	index   *pack.Index
+	needed  int64
+	chunks  int
+	content int64              // bytes of all files of the image, each content once
+	places  map[string][]int64 // where the members of the layers' chunks begin in the blobs, sorted, by the blob's digest; as many times as there are chunks in them
 }
 
 // A packUse says what a run fetched, held against the pack.
@@ -69,14 +73,24 @@ func (w *world) profile(ctx context.Context, im image, to name.Reference, pushed
 	if err != nil {
 		return err
 	}
-	index, err := pack.ReadIndex(r)
+	p.blob, err = io.ReadAll(r)
 	if err := errors.Join(err, r.Close()); err != nil {
 		return err
 	}
-	for _, f := range index.Frames {
+	if p.index, err = pack.ReadIndex(bytes.NewReader(p.blob)); err != nil {
+		return err
+	}
+	for _, f := range p.index.Frames {
 		p.chunks += len(f.Chunks)
 	}
 	w.packs[im.Name] = p
+	all, err := w.pieces(ctx, im)
+	if err != nil {
+		return err
+	}
+	for _, x := range all {
+		p.content += int64(x.Size)
+	}
 	p.places, err = places(pushed, dir)
 	return err
 }
@@ -124,15 +138,30 @@ func places(img v1.Image, dir string) (map[string][]int64, error) {
 	}
 	all := map[string][]int64{}
 	for _, l := range m.Layers {
-		if all[l.Digest.String()], err = chunkPlaces(l, filepath.Join(dir, "blobs", l.Digest.Algorithm, l.Digest.Hex)); err != nil {
-			return nil, fmt.Errorf("layer %s: %w", l.Digest, err)
+		t, err := readTOC(l, dir)
+		if err != nil {
+			return nil, err
 		}
+		var list []int64
+		for _, c := range t.Chunks {
+			if !c.Hole {
+				list = append(list, c.Member)
+			}
+		}
+		slices.Sort(list)
+		all[l.Digest.String()] = list
 	}
 	return all, nil
 }
 
-func chunkPlaces(l v1.Descriptor, blob string) (list []int64, err error) {
-	f, err := os.Open(blob)
+// readTOC reads the table of contents of a layer of an image in a layout.
+func readTOC(l v1.Descriptor, dir string) (t *toc.TOC, err error) {
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("layer %s: %w", l.Digest, err)
+		}
+	}()
+	f, err := os.Open(filepath.Join(dir, "blobs", l.Digest.Algorithm, l.Digest.Hex))
 	if err != nil {
 		return nil, err
 	}
@@ -151,17 +180,7 @@ func chunkPlaces(l v1.Descriptor, blob string) (list []int64, err error) {
 	if err != nil {
 		return nil, err
 	}
-	t, err := toc.Parse(io.NewSectionReader(f, at.Offset, at.Size), at, promise)
-	if err != nil {
-		return nil, err
-	}
-	for _, c := range t.Chunks {
-		if !c.Hole {
-			list = append(list, c.Member)
-		}
-	}
-	slices.Sort(list)
-	return list, nil
+	return toc.Parse(io.NewSectionReader(f, at.Offset, at.Size), at, promise)
 }
 
 // use says what came beside the pack.

@@ -19,11 +19,14 @@ import (
 // A registry is docker-registry behind a proxy that counts, at the far end of the link.
 type registry struct {
 	process *process
+	dir     string                                                  // in memory
 	dial    func(context.Context, string, string) (net.Conn, error) // past the proxy and the link
 
 	mu    sync.Mutex
 	start time.Time
 	log   []*request
+	link  link
+	wrong map[string]func(link) http.Handler // what answers in the place of docker-registry, by path
 }
 
 // A request is what the registry was asked. Times are seconds since the start of the run.
@@ -54,7 +57,7 @@ http: {net: unix, addr: %s, relativeurls: true}
 `, filepath.Join(dir, "files"), socket), 0o644); err != nil {
 		return nil, err
 	}
-	r := &registry{start: time.Now(), dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
+	r := &registry{dir: dir, start: time.Now(), wrong: map[string]func(link) http.Handler{}, dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, "unix", socket)
 	}}
 	var err error
@@ -83,7 +86,7 @@ http: {net: unix, addr: %s, relativeurls: true}
 		BufferPool: buffers{},
 		ErrorLog:   discard, // of clients that hang up
 	}
-	server := &http.Server{Handler: r.count(proxy), ErrorLog: discard}
+	server := &http.Server{Handler: r.count(r.choose(proxy)), ErrorLog: discard}
 	go server.Serve(listener) // as long as the process lives
 	return r, nil
 }
@@ -109,6 +112,34 @@ func (r *registry) count(next http.Handler) http.Handler {
 		}()
 		next.ServeHTTP(&counted{w, r, e}, q)
 	})
+}
+
+// choose has what is to be wrong answered by what is.
+func (r *registry) choose(proxy http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) {
+		r.mu.Lock()
+		h, l := r.wrong[q.URL.Path], r.link
+		r.mu.Unlock()
+		if h != nil {
+			h(l).ServeHTTP(w, q)
+			return
+		}
+		proxy.ServeHTTP(w, q)
+	})
+}
+
+// instead has what is asked for behind the link at a path answered by what h makes for the link.
+func (r *registry) instead(path string, h func(link) http.Handler) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.wrong[path] = h
+}
+
+// over says what the link is.
+func (r *registry) over(l link) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.link = l
 }
 
 // since returns the seconds since the start of the run; r.mu is held.

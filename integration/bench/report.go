@@ -142,6 +142,23 @@ var columns = []column{
 	{"containerd MB", func(r *Run) float64 { return known(mb(r.Containerd)) }, "%.0f"},
 }
 
+// wrongColumns are of runs with wrong packs, in the mode for them.
+var wrongColumns = []column{
+	{"pack requests", ofWrong(func(u *wrongUse) float64 { return float64(u.Requests) }), "%.0f"},
+	{"pack MB at exit", ofWrong(func(u *wrongUse) float64 { return mb(u.Ended) }), "%.1f"},
+	{"pack MB", ofWrong(func(u *wrongUse) float64 { return mb(u.Bytes) }), "%.1f"},
+	{"end after removal s", ofWrong(func(u *wrongUse) float64 { return u.Removed }), "%.2f"},
+}
+
+func ofWrong(number func(*wrongUse) float64) func(*Run) float64 {
+	return func(r *Run) float64 {
+		if r.Wrong == nil {
+			return -1
+		}
+		return number(r.Wrong)
+	}
+}
+
 // known returns what is not known for zero: the system has no such thing.
 func known(f float64) float64 {
 	if f == 0 {
@@ -191,6 +208,10 @@ func (r *report) table(out io.Writer, im image, l link, mode string) error {
 	fmt.Fprintf(out, "%s, link %s, %s: median (least–most)\n", im.Name, l.Name, mode)
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
 	fmt.Fprint(w, "system\truns")
+	columns := columns
+	if mode == wrong {
+		columns = slices.Concat(columns, wrongColumns)
+	}
 	for _, c := range columns {
 		fmt.Fprint(w, "\t", c.title)
 	}

@@ -25,7 +25,7 @@ type system struct {
 	whole bool
 }
 
-var systems = []*system{
+var systems = append([]*system{
 	{"floor", "one GET of the startup pack, and then the job, with all that it reads in memory and without a container: what cannot be beaten", packed, "floor", false},
 	{"lazuli-pack", "Lazuli, the image has a startup pack", packed, "lazuli", false},
 	{"lazuli-rebuilt", "Lazuli, the next build of an image that has a pack: 2 % of the files are others, and it has not been profiled", rebuilt, "lazuli", false},
@@ -35,7 +35,7 @@ var systems = []*system{
 	{"stargz-opt", "stargz-snapshotter, what the job opens comes first in the image and is prefetched", stargzOptimized, "stargz", false},
 	{"stargz", "stargz-snapshotter, as its converter makes images", stargz, "stargz", false},
 	{"overlayfs", "containerd fetches and unpacks all of the ordinary image", ordinary, "overlayfs", true},
-}
+}, wrongSystems()...)
 
 func systemOf(name string) *system {
 	for _, s := range systems {
@@ -49,6 +49,8 @@ func systemOf(name string) *system {
 // fits says whether a mode makes sense for the system.
 func (s *system) fits(mode string) bool {
 	switch {
+	case s.form.wrong != nil || mode == wrong:
+		return mode == wrong && s.form.wrong != nil
 	case mode == cold:
 		return true
 	case s.snapshotter == "" || s.snapshotter == "floor" || s.form == rebuilt:
@@ -61,7 +63,7 @@ func (s *system) fits(mode string) bool {
 
 // missing says why a system cannot be measured with what has been built, "" if it can.
 func (s *system) missing(ctx context.Context, w *world) string {
-	if s.form != packed && s.form != rebuilt {
+	if s.form != packed && s.form != rebuilt && s.form.wrong == nil {
 		return ""
 	}
 	verbs, err := output(ctx, w.Lazuli, "--help")

@@ -94,6 +94,7 @@ var (
 	lazy     = &form{name: "lazuli", program: func(w *world) string { return w.Lazuli }, convert: func(ctx context.Context, w *world, im image, dst string) error {
 		return run(ctx, w.Lazuli, "--root", filepath.Join(w.Work, "convert"), "convert", "--quiet", "oci:"+im.Dir, "oci:"+dst)
 	}}
+	plain   = &form{name: "plain"}                                                                               // lazy, and nothing beside it in the registry
 	packed  = &form{name: "lazuli-pack"}                                                                         // lazy, and with a pack in the registry
 	rebuilt = &form{name: "rebuilt", program: func(*world) string { return "/proc/self/exe" }, convert: rebuild} // made lazy, it lies beside packed
 	stargz  = &form{name: "stargz", program: func(w *world) string { return w.Peers }, convert: func(ctx context.Context, w *world, im image, dst string) error {
@@ -166,7 +167,7 @@ func (w *world) past(ctx context.Context) []remote.Option {
 // converted returns the layout of the image in a form. What is made stays in the cache, until the image or the program that converts it is another.
 func (w *world) converted(ctx context.Context, im image, f *form) (dir string, err error) {
 	switch {
-	case f == packed || f.wrong != nil:
+	case f == packed || f == plain || f.wrong != nil:
 		f = lazy
 	case f == rebuilt:
 		if im.Dir, err = w.made(ctx, im, f); err != nil {

@@ -32,6 +32,7 @@ var systems = append([]*system{
 	{"lazuli-run-pack", "lazuli run, without daemon and containerd; the image has a startup pack", packed, "", false},
 	{"lazuli", "Lazuli, the image has been converted and never profiled", lazy, "lazuli", false},
 	{"lazuli-run", "lazuli run, without daemon and containerd", lazy, "", false},
+	{"lazuli-plain", "Lazuli, nothing of Lazuli's is beside the image: somebody else has converted it, or another command runs", plain, "lazuli", false},
 	{"stargz-opt", "stargz-snapshotter, what the job opens comes first in the image and is prefetched", stargzOptimized, "stargz", false},
 	{"stargz", "stargz-snapshotter, as its converter makes images", stargz, "stargz", false},
 	{"overlayfs", "containerd fetches and unpacks all of the ordinary image", ordinary, "overlayfs", true},

@@ -42,8 +42,8 @@ again: a second run uploads nothing. DST's tag moves last, when everything else 
 
 --profile FILE says what a start of the image reads. These files come first in their layers, and the image gets a startup pack of
 them, which its manifest names: a node fetches it in one request. Without a profile an image in a registry gets a pack with what its command
-needs before it does anything, as far as that can be seen without running it: its interpreter, libraries and scripts. It lies beside the
-image and gives way to one that was recorded (lazuli profile --push).`,
+needs, as far as that can be seen without running it: its interpreter, libraries and scripts, and the Python modules that they import. It lies
+beside the image and gives way to one that was recorded (lazuli profile --push).`,
 		Example: `  lazuli convert docker.io/library/python:3.12 registry.example.com/python:3.12-lazy
   lazuli convert oci:./image oci:./lazy
   lazuli convert --platform linux/amd64 --format zstd:chunked python:3.12 docker-archive:python.tar:python:3.12

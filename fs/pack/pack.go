@@ -49,7 +49,7 @@ const (
 // Values of OriginAnnotation. The number changes when the same image gives another pack than before.
 const (
 	OriginProfile = "profile/1" // of a profile that was given, which may be of another build
-	OriginClosure = "closure/1" // of what an image's command can be seen to need without running it: the least that there is
+	OriginClosure = "closure/2" // of what an image's command can be seen to need without running it: the least that there is
 )
 
 // Named returns where the annotations of an image's manifest or of a pack's artifact say that the pack's blob is: its digest

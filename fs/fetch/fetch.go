@@ -82,7 +82,7 @@ const (
 	demandRequests = 24
 	// Nobody waits for the rest: enough requests to keep the link busy across a round trip. Those of fills
 	// are counted by themselves, since they are held while demand reads wait.
-	aheadRequests = 8
+	aheadRequests = 16
 	fillRequests  = 3
 
 	// firstWindow is how much is read ahead, in bytes of the blob, at a miss with no history, while the link is not known

@@ -30,9 +30,10 @@ const (
 	// aheadBatch is how many bytes of blobs are put in the order of the blobs rather than in that of the wants.
 	aheadBatch = 8 << 20
 	// aheadRuns is how many requests are under way for a list of wants: demand reads share the link with them. Small ones, which wait for
-	// their round trip more than they use the link, may be more: so many that aheadBytes are under way.
+	// round trips more than they use the link, may be more: so many that aheadBytes are under way. Beside a startup pack, which fills the queue of a slow link, each of
+	// them takes a second.
 	aheadRuns  = 3
-	aheadBytes = 2 << 20
+	aheadBytes = 4 << 20
 )
 
 // Ahead fetches the chunks that are wanted of some layers, which were added, and that are not here, roughly in the order of the wants and in

@@ -322,8 +322,11 @@ func (c Chain) learn(ref remote.Reference, digest v1.Hash, layers []*fetch.Layer
 }
 
 // rest returns when nothing has been started for a while, or not for long: what was read is worked on for a third of a second of one processor, and
-// who runs many short jobs has the next one waiting.
+// who runs many short jobs has the next one waiting. A process that runs one image, and then ends, does not wait.
 func (n *Node) rest(ctx context.Context) {
+	if !n.daemon {
+		return
+	}
 	ctx, cancel := context.WithTimeout(ctx, learnPatience)
 	defer cancel()
 	select {

@@ -153,9 +153,7 @@ func (q *Queue) demand(o *Object, src source, first, last int, usePack bool) []*
 		start, _ := l.Table.Member(m)
 		_, end := l.Table.Member(to - 1)
 		waits = true
-		if p := l.arriving.Load(); p != nil {
-			p.sent.Add(1)
-		}
+		q.wants(l, o.key, i)
 		window := q.window(l, m, to)
 		if !l.hasPack() { // else what a start wants of the rest comes with the pack, or came
 			window = max(window, restOf(src, to))

@@ -38,7 +38,7 @@ type packed struct {
 	rate      atomic.Int64 // bytes a second, of late; 0 is not known yet
 	mark      time.Time    // when rate was found, by who reads the pack, and
 	marked    int64        // arrived at that time
-	met, sent atomic.Int32 // reads that waited for it and were right; requests of reads that were sent while it came
+	met, sent atomic.Int32 // reads that waited for it and were right; requests of reads for what does not come soon
 }
 
 const (
@@ -48,24 +48,32 @@ const (
 	// packPatience, however it comes in.
 	maxVain = 3
 	// fastPack is how many bytes a second are enough for a pack to be waited for, whatever the link could carry: at 20 ms and 1 Gbit/s
-	// a start without a pack comes to no more of what it needs.
+	// a start without a pack comes to no more of what it needs. While nobody knows what the link carries, half of that is enough.
 	fastPack = 8 << 20
-	// A pack is given up if after packTrial maxSent requests more (maxGuessSent, if it is a guess, which lacks something) were sent beside it than reads
-	// had waited for it: one that has what is wanted is here by then, or is what reads wait for.
+	// A pack is given up if after packTrial maxSent requests more (maxGuessSent, if it is a guess or of another build) were sent beside it, for what it does
+	// not bring within packTrial, than reads had waited for it: one that has what is wanted, in about the right order, is here by then, or is what reads wait for.
 	packTrial    = time.Second
 	maxSent      = 4
 	maxGuessSent = 24
 )
 
 // moving reports whether the pack brings something, and reads do not wait in vain for it, nor longer than if they asked.
-func (p *packed) moving() bool {
-	return p.vain.Load() < maxVain && time.Since(p.begun)-time.Duration(p.latest.Load()) < packPatience && p.fast()
+func (p *packed) moving() bool { return p.vain.Load() < maxVain && p.coming() }
+
+// coming reports whether the pack brings something, and that as fast as it should.
+func (p *packed) coming() bool {
+	return time.Since(p.begun)-time.Duration(p.latest.Load()) < packPatience && p.fast()
 }
 
-// fast reports whether the pack comes nearly as fast as other answers do. While that is not known it does not: reads ask, and then it is.
+// fast reports whether the pack comes fast, or not much slower than other answers do. If it is slow and that is not known, reads ask, and then it is.
 func (p *packed) fast() bool {
-	rate := p.rate.Load()
-	return rate == 0 || rate >= fastPack || rate > p.link.speed()*2/3 && p.link.speed() > 0
+	rate, speed := p.rate.Load(), p.link.speed()
+	return rate == 0 || rate >= fastPack || speed > 0 && rate > speed/2 || speed == 0 && rate >= fastPack/2
+}
+
+// near reports whether what ends at byte end is here in packTrial, at the speed of late.
+func (p *packed) near(end int64) bool {
+	return float64(end-p.arrived.Load()) <= float64(p.rate.Load())*packTrial.Seconds()
 }
 
 // useless reports whether reads want something else than what comes, and have the link to share with it.
@@ -108,7 +116,7 @@ func (p *packed) came(arrived int64) {
 	if p.mark.IsZero() {
 		p.mark = p.begun
 	}
-	if d := now.Sub(p.mark); d >= packPatience {
+	if d := now.Sub(p.mark); d >= 2*packPatience {
 		p.rate.Store(max(int64(float64(arrived-p.marked)/d.Seconds()), 1))
 		p.mark, p.marked = now, arrived
 	}
@@ -185,10 +193,10 @@ func (q *Queue) Pack(ctx context.Context, x *pack.Index, at int64, open func(ctx
 	defer time.AfterFunc(packHold, free).Stop()
 	begun := time.Now()
 	u := &unpacking{q: q, layers: layers, x: x, at: at, open: open, p: &packed{begun: begun, link: &q.link, most: maxSent}}
-	if guess {
+	err := u.expect()
+	if guess || u.foreign > 0 {
 		u.p.most = maxGuessSent
 	}
-	err := u.expect()
 	if err == nil {
 		for _, l := range layers {
 			l.arriving.Store(u.p)
@@ -544,10 +552,24 @@ func (q *Queue) joinPack(key store.Key, i int) *flight {
 	return f
 }
 
+// wants notes that a request is sent for chunk i of the object while the layer's startup pack arrives.
+func (q *Queue) wants(l *Layer, key store.Key, i int) {
+	p := l.arriving.Load()
+	if p == nil {
+		return
+	}
+	q.mu.Lock()
+	f := q.packs[packID{id(key), i}]
+	q.mu.Unlock()
+	if f == nil || f.pack != p || !p.near(f.end) {
+		p.sent.Add(1)
+	}
+}
+
 // hasPack reports whether a startup pack has brought what a start wants of the layer, or brings it.
 func (l *Layer) hasPack() bool {
 	p := l.arriving.Load()
-	return l.packed.Load() && (p == nil || p.moving())
+	return l.packed.Load() && (p == nil || p.coming())
 }
 
 // expected reports whether a startup pack brings chunk i of the object, soon or not so soon.

@@ -21,6 +21,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"lazuli/fs/elf"
 	"lazuli/fs/profile"
 )
 
@@ -54,10 +55,9 @@ const (
 	head     = 1 << 20 // bytes of the beginning of a larger one
 	// maxSum is how many bytes of files are taken. The start of a robot's node reads 200 MB, mostly of 385 ELF files, and 307 MB are taken
 	// for it, in a pack of 120 MB; without one it fetched 223 MB, compressed, as misses bring their neighbours.
-	maxSum    = 320 << 20
-	maxText   = 64 << 10 // bytes of a script, or a file of a loader's configuration, that are looked at
-	maxDepth  = 6        // of programs that run programs, and of files that include files
-	maxNeeded = 512      // libraries that one file names
+	maxSum   = 320 << 20
+	maxText  = 64 << 10 // bytes of a script, or a file of a loader's configuration, that are looked at
+	maxDepth = 6        // of programs that run programs, and of files that include files
 
 	maxLookups = 1 << 18
 	readers    = 16 // side by side
@@ -65,7 +65,7 @@ const (
 
 // Of returns what a command needs, in the order in which it is read. It is empty if the image does not have the program.
 func Of(ctx context.Context, files Files, c Command) (*profile.Profile, error) {
-	w := &walk{reader: reader{ctx: ctx, files: files}, c: c, seen: map[string]bool{}, objects: map[string]*object{}, taken: map[piece]bool{}}
+	w := &walk{reader: reader{ctx: ctx, files: files}, c: c, seen: map[string]bool{}, objects: map[string]*elf.File{}, taken: map[piece]bool{}}
 	found := w.run(c.Args, 0)
 	if w.err != nil {
 		return nil, w.err
@@ -95,10 +95,10 @@ type walk struct {
 
 	p       profile.Profile
 	taken   map[piece]bool
-	sum     int64              // bytes of the pieces
-	seen    map[string]bool    // ELF files that were taken
-	objects map[string]*object // what is known of ELF files, nil of others
-	loader  *loader            // of the last program
+	sum     int64                // bytes of the pieces
+	seen    map[string]bool      // ELF files that were taken
+	objects map[string]*elf.File // what is known of ELF files, nil of others
+	loader  *loader              // of the last program
 	lookups int
 	base    bool // the files of every start were taken
 }

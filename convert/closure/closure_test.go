@@ -191,6 +191,7 @@ func TestOf(t *testing.T) {
 // TestSegments: of a large ELF file the segments that are mapped are taken, and of a large segment the beginning, or what the loader's tables need.
 func TestSegments(t *testing.T) {
 	const mib = 1 << 20
+	const maxSegment = 4 * mib // see elf.File.Parts
 	file := func(relocations uint64) string {
 		const vaddr, size = 0x400000, 24 * mib
 		dynamic := []elf.Dyn64{{Tag: int64(elf.DT_RELA), Val: vaddr + 1000}, {Tag: int64(elf.DT_RELASZ), Val: relocations}, {}}

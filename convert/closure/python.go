@@ -69,7 +69,7 @@ func (w *walk) python(called string, f File, args []string) {
 	w.named("usr/lib/locale/C.utf8/LC_CTYPE") // what Python makes of the C locale, PEP 538
 	w.named("etc/localtime")
 	if l := w.loader; l != nil {
-		w.named(path.Join("usr/lib", triplets[l.main.machine], "gconv/gconv-modules.cache"))
+		w.named(path.Join("usr/lib", l.main.Triplet(), "gconv/gconv-modules.cache"))
 	}
 	// A virtual environment says so beside its bin folder or in it (PEP 405).
 	prefix, home, system := path.Dir(path.Dir(called)), path.Dir("/"+f.Name), true

@@ -113,10 +113,11 @@ type stretch struct {
 	layer  *Layer
 	wanted []int // in the order of the blob
 	rank   int   // the place of the first one in the order of the wants
+	parks  bool  // nor is what is wanted decoded before somebody asks for it
 }
 
-// stretches puts members together that lie close to each other.
-func stretches(layers []*Layer, batch []memberID) (list []stretch) {
+// stretches puts members together that lie close to each other, with at most leap bytes between.
+func stretches(layers []*Layer, batch []memberID, leap int64) (list []stretch) {
 	rank := map[memberID]int{}
 	for i, id := range batch {
 		rank[id] = i
@@ -131,13 +132,13 @@ func stretches(layers []*Layer, batch []memberID) (list []stretch) {
 			s := &list[n]
 			begin, _ := id.layer.Table.Member(s.wanted[0])
 			_, last := id.layer.Table.Member(s.wanted[len(s.wanted)-1])
-			if start-last <= maxLeap && end-begin <= maxRun {
+			if start-last <= leap && end-begin <= maxRun {
 				s.wanted = append(s.wanted, id.member)
 				s.rank = min(s.rank, rank[id])
 				continue
 			}
 		}
-		list = append(list, stretch{id.layer, []int{id.member}, rank[id]})
+		list = append(list, stretch{layer: id.layer, wanted: []int{id.member}, rank: rank[id]})
 	}
 	slices.SortFunc(list, func(a, b stretch) int { return cmp.Compare(a.rank, b.rank) })
 	return list
@@ -145,7 +146,7 @@ func stretches(layers []*Layer, batch []memberID) (list []stretch) {
 
 // send asks for the batch.
 func (w *wanting) send(ctx context.Context) error {
-	for _, s := range stretches(w.layers, w.batch) {
+	for _, s := range stretches(w.layers, w.batch, maxLeap) {
 		keep := aheadRuns - 1
 		if w.flying < aheadBytes {
 			keep = aheadRequests - 1
@@ -153,17 +154,24 @@ func (w *wanting) send(ctx context.Context) error {
 		if err := w.reap(ctx, keep); err != nil {
 			return err
 		}
-		if flights := w.q.startStretch(s); len(flights) > 0 {
-			start, _ := s.layer.Table.Member(flights[0].id.member)
-			_, end := s.layer.Table.Member(flights[len(flights)-1].id.member)
-			w.under = append(w.under, under{flights, end - start})
-			w.flying += end - start
-			w.stats.Bytes += end - start
-			w.stats.Runs++
-		}
+		w.start(s)
 	}
 	w.batch, w.bytes = w.batch[:0], 0
 	return nil
+}
+
+// start begins to fetch a stretch.
+func (w *wanting) start(s stretch) {
+	flights := w.q.startStretch(s)
+	if len(flights) == 0 {
+		return
+	}
+	start, _ := s.layer.Table.Member(flights[0].id.member)
+	_, end := s.layer.Table.Member(flights[len(flights)-1].id.member)
+	w.under = append(w.under, under{flights, end - start})
+	w.flying += end - start
+	w.stats.Bytes += end - start
+	w.stats.Runs++
 }
 
 // reap waits until at most so many runs are under way. What fails is for who reads it to hear of.
@@ -206,7 +214,7 @@ func (q *Queue) startStretch(s stretch) []*flight {
 		if here[m-first] || q.flights[id] != nil || l.members[m].Load() || !wanted && len(flights) == 0 {
 			continue
 		}
-		flights = append(flights, &flight{id: id, refs: l.Table.MemberRefs(m), run: r, wanted: wanted, done: make(chan struct{})})
+		flights = append(flights, &flight{id: id, refs: l.Table.MemberRefs(m), run: r, wanted: wanted && !s.parks, done: make(chan struct{})})
 		if wanted {
 			end = len(flights)
 		}
@@ -216,6 +224,10 @@ func (q *Queue) startStretch(s stretch) []*flight {
 	}
 	for _, f := range flights {
 		q.flights[f.id] = f
+		if s.parks { // else it is wanted for sure, and says nothing of how the layer is read
+			begin, end := l.Table.Member(f.id.member)
+			l.density.brought += end - begin
+		}
 	}
 	q.work.Go(func() { q.fly(r, flights) })
 	return flights

@@ -23,6 +23,7 @@ type Recorder struct {
 	layers []*Layer // nil is all
 	begun  time.Time
 	first  chan struct{} // closed at the first touch
+	more   chan struct{} // has a token when there is something new
 	latest atomic.Int64  // touch, in nanoseconds from begun
 
 	mu   sync.Mutex
@@ -39,7 +40,7 @@ const (
 // Record begins to write down every read of an object that one of the layers has, or of any if there are none. Several recorders may
 // be at it at once.
 func (q *Queue) Record(layers ...*Layer) *Recorder {
-	r := &Recorder{q: q, layers: layers, begun: time.Now(), first: make(chan struct{})}
+	r := &Recorder{q: q, layers: layers, begun: time.Now(), first: make(chan struct{}), more: make(chan struct{}, 1)}
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.recorders.Store(new(append(q.recording()[:len(q.recording()):len(q.recording())], r)))
@@ -73,6 +74,16 @@ func (r *Recorder) Stop() []Touch {
 // Begun is closed when something has been read.
 func (r *Recorder) Begun() <-chan struct{} { return r.first }
 
+// More has a token when something was read that [Recorder.From] has not returned yet: for one goroutine that follows what is read.
+func (r *Recorder) More() <-chan struct{} { return r.more }
+
+// From returns what was read so far but for the first n.
+func (r *Recorder) From(n int) []Touch {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.Clone(r.list[min(n, len(r.list)):])
+}
+
 // Quiet returns for how long nothing has been read. It is of use when something was.
 func (r *Recorder) Quiet() time.Duration {
 	return time.Since(r.begun) - time.Duration(r.latest.Load())
@@ -101,5 +112,9 @@ func (r *Recorder) touch(key store.Key, off, n int64) {
 	}
 	if len(r.list) < maxTouches {
 		r.list = append(r.list, Touch{Key: key, Off: off, N: n, After: at})
+		select {
+		case r.more <- struct{}{}:
+		default:
+		}
 	}
 }

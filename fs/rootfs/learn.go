@@ -675,39 +675,50 @@ func (s *Startup) noteIndex(x *pack.Index) {
 // indexPatience is for how long what was learned waits to hear what the pack brings: some round trips of most links.
 const indexPatience = 200 * time.Millisecond
 
-// arrive puts the pack into the store, and beside it what was learned, which own brings, and the pack does not. A nil own is nothing. The
-// error is of the pack.
+// arrive puts the pack into the store, and beside it what was learned, which own brings, and the pack does not. A nil own is nothing. A start of which
+// neither knows what it wants is followed. The error is of the pack.
 func (s *Startup) arrive(own <-chan *Learned, layers []*fetch.Layer, tocs []*toc.TOC) error {
 	var list []fetch.Want
 	var work sync.WaitGroup
-	if own != nil {
-		work.Go(func() {
-			l, ok := <-own
-			if !ok {
-				return
+	work.Go(func() {
+		var l *Learned
+		if own != nil {
+			l = <-own
+		}
+		if l == nil {
+			if !s.covered() {
+				s.follow(layers, tocs)
 			}
-			list = wants(l.Profile, tocs)
-			rest := list
-			select {
-			case <-s.indexed:
-				packed := map[pack.Chunk]bool{}
-				for _, c := range s.chunks {
-					c.Size = 0
-					packed[c] = true
-				}
-				rest = slices.DeleteFunc(slices.Clone(list), func(w fetch.Want) bool {
-					return packed[pack.Chunk{Object: packNumber(toc.Digest(w.Key)), Index: w.Chunk}]
-				})
-			case <-time.After(indexPatience):
+			return
+		}
+		list = wants(l.Profile, tocs)
+		rest := list
+		select {
+		case <-s.indexed:
+			packed := map[pack.Chunk]bool{}
+			for _, c := range s.chunks {
+				c.Size = 0
+				packed[c] = true
 			}
-			s.ahead(rest, layers)
-		})
-	}
+			rest = slices.DeleteFunc(slices.Clone(list), func(w fetch.Want) bool {
+				return packed[pack.Chunk{Object: packNumber(toc.Digest(w.Key)), Index: w.Chunk}]
+			})
+		case <-time.After(indexPatience):
+		}
+		s.ahead(rest, layers)
+	})
 	_, err := s.into(layers, tocs)
 	s.once.Do(func() { close(s.indexed) })
 	work.Wait()
-	if err != nil {
+	switch {
+	case err == nil:
+	case list != nil:
 		s.ahead(list, layers)
+	case s.covered(): // it was to be
+		s.follow(layers, tocs)
+	}
+	if s.guess && errors.Is(err, fetch.ErrUseless) {
+		err = nil // another command runs
 	}
 	return err
 }

@@ -102,6 +102,7 @@ type Node struct {
 
 	sweeping  sync.RWMutex // held exclusively while chains are unmounted
 	learning  learning
+	following *following
 	building  singleflight.Group // of metadata images and their mounts
 	unpacking chan struct{}      // holds a token for each layer that is being unpacked
 }
@@ -140,6 +141,7 @@ func Open(root string, o Options) (*Node, error) {
 		sources: map[string]remote.Source{}, used: map[string]*usedLayer{},
 	}
 	n.learning.starts, n.learning.packs = map[string]*start{}, map[string]knownPack{}
+	n.following = newFollowing()
 	n.learning.ctx, n.learning.cancel = context.WithCancel(context.Background())
 	if o.Daemon {
 		n.run = filepath.Join(root, "mounts")
@@ -239,6 +241,7 @@ func removeRun(dir string) error {
 // Close ends the node's use. Its images must be closed before, unless it is a daemon's, whose mounts then wait for
 // the next one.
 func (n *Node) Close() error {
+	n.following.close()
 	if n.daemon {
 		n.learning.cancel()
 	}

@@ -45,6 +45,8 @@ type Startup struct {
 	late    chan struct{}               // closed when nobody is to wait for them any more
 	arrived atomic.Int64                // bytes of the pack
 
+	pulled bool // what follows the start outlives s
+
 	// Of what the node has learned:
 	ref     remote.Reference
 	own     chan *Learned // nil if Image was not called; else has one, or is closed
@@ -363,9 +365,6 @@ func (s *Startup) into(layers []*fetch.Layer, tocs []*toc.TOC) (fetch.PackStats,
 	if s.body != nil { // nobody wanted it
 		s.body.Close()
 	}
-	if s.guess && errors.Is(err, fetch.ErrUseless) {
-		err = nil // another command runs
-	}
 	return stats, err
 }
 
@@ -403,7 +402,7 @@ func (c Chain) Start(ctx context.Context, s *Startup, tocs []*toc.TOC) error {
 	if err != nil {
 		return err
 	}
-	s.chain = c.ID()
+	s.chain, s.pulled = c.ID(), true
 	return s.arrive(s.own, layers, tocs)
 }
 

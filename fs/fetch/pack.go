@@ -33,12 +33,13 @@ type packed struct {
 	late    atomic.Int64 // the end of the furthest frame that was waited for in vain
 	vain    atomic.Int32 // how often late grew
 
-	most      int32 // requests that may be sent beside it
-	link      *link
-	rate      atomic.Int64 // bytes a second, of late; 0 is not known yet
-	mark      time.Time    // when rate was found, by who reads the pack, and
-	marked    int64        // arrived at that time
-	met, sent atomic.Int32 // reads that waited for it and were right; requests of reads for what does not come soon
+	link *link
+	rate atomic.Int64 // bytes a second, of late; 0 is not known yet
+	// Of who reads the pack: when rate was found, arrived at that time, and the bytes a second since the time before.
+	mark         time.Time
+	marked, last int64
+	// Reads that waited for it and were right, and requests of reads, while it came, for what it has much later, or not.
+	met, far, lacking atomic.Int32
 }
 
 const (
@@ -50,19 +51,21 @@ const (
 	// fastPack is how many bytes a second are enough for a pack to be waited for, whatever the link could carry: at 20 ms and 1 Gbit/s
 	// a start without a pack comes to no more of what it needs. While nobody knows what the link carries, half of that is enough.
 	fastPack = 8 << 20
-	// A pack is given up if after packTrial maxSent requests more (maxGuessSent, if it is a guess or of another build) were sent beside it, for what it does
-	// not bring within packTrial, than reads had waited for it: one that has what is wanted, in about the right order, is here by then, or is what reads wait for.
-	packTrial    = time.Second
-	maxSent      = 4
-	maxGuessSent = 24
+	// A pack is given up if, after packTrial, maxFar requests more than reads had waited for it were sent for what it has packTrial later, or maxLacking
+	// for what it has not: one that has what is wanted in about the right order is here by then, or is what reads wait for.
+	packTrial  = time.Second
+	maxFar     = 4
+	maxLacking = 24
 )
 
 // moving reports whether the pack brings something, and reads do not wait in vain for it, nor longer than if they asked.
-func (p *packed) moving() bool { return p.vain.Load() < maxVain && p.coming() }
+func (p *packed) moving() bool {
+	return p.vain.Load() < maxVain && p.idle() < packPatience && p.fast()
+}
 
-// coming reports whether the pack brings something, and that as fast as it should.
-func (p *packed) coming() bool {
-	return time.Since(p.begun)-time.Duration(p.latest.Load()) < packPatience && p.fast()
+// idle returns for how long the pack has brought nothing.
+func (p *packed) idle() time.Duration {
+	return time.Since(p.begun) - time.Duration(p.latest.Load())
 }
 
 // fast reports whether the pack comes fast, or not much slower than other answers do. If it is slow and that is not known, reads ask, and then it is.
@@ -71,14 +74,16 @@ func (p *packed) fast() bool {
 	return rate == 0 || rate >= fastPack || speed > 0 && rate > speed/2 || speed == 0 && rate >= fastPack/2
 }
 
-// near reports whether what ends at byte end is here in packTrial, at the speed of late.
+// near reports whether what ends at byte end is here in packTrial, at the speed of late; it is if that is not known yet.
 func (p *packed) near(end int64) bool {
-	return float64(end-p.arrived.Load()) <= float64(p.rate.Load())*packTrial.Seconds()
+	rate := p.rate.Load()
+	return rate == 0 || float64(end-p.arrived.Load()) <= float64(rate)*packTrial.Seconds()
 }
 
 // useless reports whether reads want something else than what comes, and have the link to share with it.
 func (p *packed) useless() bool {
-	return p.sent.Load() > p.met.Load()+p.most && time.Since(p.begun) > packTrial
+	met := p.met.Load()
+	return (p.far.Load() > met+maxFar || p.lacking.Load() > met+maxLacking) && time.Since(p.begun) > packTrial
 }
 
 // soon returns for how long to wait for what ends at byte end, and whether that is worth it: if not, asking for it is
@@ -117,8 +122,9 @@ func (p *packed) came(arrived int64) {
 		p.mark = p.begun
 	}
 	if d := now.Sub(p.mark); d >= 2*packPatience {
-		p.rate.Store(max(int64(float64(arrived-p.marked)/d.Seconds()), 1))
-		p.mark, p.marked = now, arrived
+		rate := max(int64(float64(arrived-p.marked)/d.Seconds()), 1)
+		p.rate.Store(max(rate, p.last)) // a packet that is lost holds up the others
+		p.mark, p.marked, p.last = now, arrived, rate
 	}
 }
 
@@ -165,7 +171,7 @@ var (
 // layers are those that it has chunks of, and were added. Chunks that are in it are not asked for otherwise while they are expected soon. What is
 // here, or comes with another pack, is not read again. Nothing is believed: frames that cannot be what they say are not even read, what does not
 // verify is dropped, and a pack that has too much of it is given up with [ErrBadPack]. Unless it is a guess, of which nobody has seen that
-// a start reads it and nothing else, what it lacks is taken to be single: misses have no neighbours fetched. It is given up with [ErrUseless] when what is read meanwhile is not in it.
+// a start reads it and nothing else, what it lacks is taken to be single: misses have no neighbours fetched. It is given up with [ErrUseless] when reads ask for other things meanwhile.
 func (q *Queue) Pack(ctx context.Context, x *pack.Index, at int64, open func(ctx context.Context, off int64) (io.ReadCloser, error), guess bool, layers ...*Layer) (PackStats, error) {
 	q.mu.Lock()
 	if q.closed {
@@ -192,11 +198,8 @@ func (q *Queue) Pack(ctx context.Context, x *pack.Index, at int64, open func(ctx
 	defer free()
 	defer time.AfterFunc(packHold, free).Stop()
 	begun := time.Now()
-	u := &unpacking{q: q, layers: layers, x: x, at: at, open: open, p: &packed{begun: begun, link: &q.link, most: maxSent}}
+	u := &unpacking{q: q, layers: layers, x: x, at: at, open: open, p: &packed{begun: begun, link: &q.link}}
 	err := u.expect()
-	if guess || u.foreign > 0 {
-		u.p.most = maxGuessSent
-	}
 	if err == nil {
 		for _, l := range layers {
 			l.arriving.Store(u.p)
@@ -561,15 +564,18 @@ func (q *Queue) wants(l *Layer, key store.Key, i int) {
 	q.mu.Lock()
 	f := q.packs[packID{id(key), i}]
 	q.mu.Unlock()
-	if f == nil || f.pack != p || !p.near(f.end) {
-		p.sent.Add(1)
+	switch {
+	case f == nil || f.pack != p:
+		p.lacking.Add(1)
+	case !p.near(f.end):
+		p.far.Add(1)
 	}
 }
 
 // hasPack reports whether a startup pack has brought what a start wants of the layer, or brings it.
 func (l *Layer) hasPack() bool {
 	p := l.arriving.Load()
-	return l.packed.Load() && (p == nil || p.coming())
+	return l.packed.Load() && (p == nil || p.idle() < packTrial && p.fast())
 }
 
 // expected reports whether a startup pack brings chunk i of the object, soon or not so soon.

@@ -523,14 +523,17 @@ func TestPackEnds(t *testing.T) {
 			go func() { _, err := w.read(ctx, s.files[9].name, 0, 10); read <- err }()
 			synctest.Wait()
 			w.q.Close()
+			if n := len(w.q.decoders); n > 0 {
+				t.Errorf("Close did not wait for the pack: %d frames are being unpacked", n)
+			}
+			synctest.Wait() // begin's goroutine hands the result over when Pack has returned
 			select {
 			case err := <-result:
 				if !errors.Is(err, errClosed) {
 					t.Error(err)
 				}
 			default:
-				synctest.Wait()
-				t.Error("Close did not wait for the pack")
+				t.Error("Close did not end the pack")
 				<-result
 			}
 			if err := <-read; err == nil {
@@ -674,36 +677,6 @@ func TestGuessedPack(t *testing.T) {
 	}
 }
 
-// TestPackUselessGuess: a guess lacks something and is given up later than a pack that was recorded.
-func TestPackUselessGuess(t *testing.T) {
-	files := equal(420, 64<<10)
-	s := build(t, files)
-	for _, tt := range []struct {
-		guess   bool
-		reads   int // of what is not in the pack
-		useless bool
-	}{{false, 2, false}, {false, 12, true}, {true, 12, false}, {true, maxGuessSent + 4, true}} {
-		synctest.Test(t, func(t *testing.T) {
-			w := s.enter(t)
-			p := s.packOf(t, files[:100]...)
-			p.fault = func(int, int64, int64) fault { return fault{pace: time.Millisecond} }
-			result := make(chan error)
-			go func() {
-				_, err := w.q.Pack(ctx, p.x, p.at, p.open, tt.guess, w.layer)
-				result <- err
-			}()
-			synctest.Wait()
-			for i := range tt.reads {
-				w.want(files[419-11*i], 0, 10)
-			}
-			if err := <-result; errors.Is(err, ErrUseless) != tt.useless {
-				t.Errorf("%+v: %v", tt, err)
-			}
-			w.nothingLeft()
-		})
-	}
-}
-
 // Reads do not follow a pack that comes much slower than what they could ask for; and do follow one that is as slow as the link.
 func TestPackSlow(t *testing.T) {
 	s := build(t, equal(40, 300000))
@@ -748,7 +721,7 @@ func TestPackStalls(t *testing.T) {
 		ctx, cancel := context.WithCancel(ctx)
 		var all sync.WaitGroup
 		all.Go(func() { w.q.Pack(ctx, p.x, p.at, p.open, false, w.layer) })
-		time.Sleep(time.Second)
+		time.Sleep(2 * packTrial)
 		for i := range 40 {
 			w.want(s.files[39+i*17%40], 0, 10) // not in sequence
 			synctest.Wait()
@@ -762,36 +735,44 @@ func TestPackStalls(t *testing.T) {
 	})
 }
 
-// A pack that nobody waits for while reads want something else is given up, and one that they wait for is not.
+// A pack is given up when reads want what it has much later, or much that it has not, and do not wait for it.
 func TestPackUseless(t *testing.T) {
 	s := build(t, equal(80, 60000))
-	for _, wanted := range []bool{false, true} {
-		synctest.Test(t, func(t *testing.T) {
-			w := s.enter(t)
-			p := s.packOf(t, s.files[40:]...)
-			p.fault = func(int, int64, int64) fault { return fault{pace: 4 * time.Millisecond} } // 60 ms each
-			w.q.link.rate = 1                                                                    // which is as fast as it gets
-			var all sync.WaitGroup
-			all.Go(func() {
-				st, err := w.take(p)
-				if given := errors.Is(err, ErrUseless); given == wanted || given != (st.Bytes < 40*60000) {
-					t.Errorf("wanted %v: %+v, %v", wanted, st, err)
+	for name, c := range map[string]struct {
+		list   []file // that are read by themselves after a while
+		useful bool   // between them, files are read that come next
+		given  bool
+	}{
+		"far":                {list: s.files[60 : 60+maxFar+1], given: true},
+		"not so many":        {list: s.files[60 : 60+maxFar]},
+		"far, and some soon": {list: s.files[60 : 60+maxFar+1], useful: true},
+		"few that it lacks":  {list: s.files[:maxLacking]},
+		"much that it lacks": {list: s.files[:maxLacking+1], given: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := s.enter(t)
+				p := s.packOf(t, s.files[30:]...)
+				p.fault = func(int, int64, int64) fault { return fault{pace: 5 * time.Millisecond} } // 75 ms each, the last come after 3 s
+				w.q.link.rate = 1                                                                    // which is as fast as it gets
+				var all sync.WaitGroup
+				all.Go(func() {
+					st, err := w.take(p)
+					if given := errors.Is(err, ErrUseless); given != c.given || given != (st.Bytes < 50*60000) {
+						t.Errorf("%+v, %v", st, err)
+					}
+				})
+				time.Sleep(packTrial / 2)
+				for i, f := range c.list {
+					w.q.wants(w.layer, w.key(f.name), 0) // by itself: a read has neighbours fetched
+					if c.useful && i == 0 {
+						w.want(s.files[30+7], 0, 10)
+					}
 				}
+				all.Wait()
+				w.wantAll(nil)
+				w.nothingLeft()
 			})
-			time.Sleep(packTrial / 2)
-			x := w.layer.arriving.Load()
-			for i := range maxSent + 2 { // each by itself
-				w.want(s.files[i*2], 0, 10)
-				if wanted {
-					w.want(s.files[40+8+i], 0, 10)
-				}
-			}
-			if x.sent.Load() <= maxSent || x.met.Load() > 0 != wanted {
-				t.Errorf("%d requests were sent, %d reads were right to wait", x.sent.Load(), x.met.Load())
-			}
-			all.Wait()
-			w.wantAll(nil)
-			w.nothingLeft()
 		})
 	}
 }

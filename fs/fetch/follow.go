@@ -28,7 +28,7 @@ func (q *Queue) WaitSlot(ctx context.Context) error {
 }
 
 func (q *Queue) bring(wants []Want, parks bool, layers []*Layer) AheadStats {
-	w := &wanting{q: q, layers: layers, seen: map[memberID]bool{}}
+	w := q.newWanting(layers)
 	for _, x := range wants {
 		w.add(x)
 	}

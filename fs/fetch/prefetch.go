@@ -40,7 +40,7 @@ const (
 // few requests. It returns when they are in, or have failed, or with an error when ctx ends. Demand reads overtake it, and join what
 // is under way. What a request brings besides, nobody has asked for: it stays compressed until somebody does.
 func (q *Queue) Ahead(ctx context.Context, wants []Want, layers ...*Layer) (s AheadStats, err error) {
-	w := &wanting{q: q, layers: layers, seen: map[memberID]bool{}}
+	w := q.newWanting(layers)
 	for _, l := range layers {
 		// What is missing is mostly what changed since: single.
 		l.packed.Store(true)
@@ -78,6 +78,21 @@ type wanting struct {
 type under struct {
 	flights []*flight
 	bytes   int64 // of the blob
+}
+
+// newWanting returns one for layers. Another image may have one of them too, and what reads ask for is asked of the layer that came first: before each there is
+// the first that is of the same blob, so that both find what is under way.
+func (q *Queue) newWanting(layers []*Layer) *wanting {
+	w := &wanting{q: q, seen: map[memberID]bool{}}
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	for _, l := range layers {
+		if i := slices.IndexFunc(q.layers, func(x *Layer) bool { return x.Name == l.Name }); i >= 0 && q.layers[i] != l {
+			w.layers = append(w.layers, q.layers[i])
+		}
+		w.layers = append(w.layers, l)
+	}
+	return w
 }
 
 // add adds a want to the batch, unless it is here or comes with a startup pack.

@@ -48,6 +48,9 @@ const (
 	// maxVain is how often reads wait for a pack in vain before none does any more: what a pack can cost is maxVain times three
 	// packPatience, however it comes in.
 	maxVain = 3
+	// packStall is for how long a pack may bring nothing before misses beside it are taken to be those of a start without: a packet that is lost
+	// costs two round trips or more.
+	packStall = 4 * packPatience
 	// fastPack is how many bytes a second are enough for a pack to be waited for, whatever the link could carry: at 20 ms and 1 Gbit/s
 	// a start without a pack comes to no more of what it needs. While nobody knows what the link carries, half of that is enough.
 	fastPack = 8 << 20
@@ -115,17 +118,25 @@ func (p *packed) missed(end int64) {
 
 // came notes that so many bytes are here.
 func (p *packed) came(arrived int64) {
-	p.arrived.Store(arrived)
 	now := time.Now()
+	stalled := p.idle() >= packStall
+	p.arrived.Store(arrived)
 	p.latest.Store(int64(now.Sub(p.begun)))
 	if p.mark.IsZero() {
 		p.mark = p.begun
 	}
-	if d := now.Sub(p.mark); d >= 2*packPatience {
-		rate := max(int64(float64(arrived-p.marked)/d.Seconds()), 1)
+	d := now.Sub(p.mark)
+	rate := max(int64(float64(arrived-p.marked)/d.Seconds()), 1)
+	switch {
+	case stalled: // what came before says nothing
+		rate = 1
+		p.rate.Store(rate)
+	case d >= 2*packPatience:
 		p.rate.Store(max(rate, p.last)) // a packet that is lost holds up the others
-		p.mark, p.marked, p.last = now, arrived, rate
+	default:
+		return
 	}
+	p.mark, p.marked, p.last = now, arrived, rate
 }
 
 const (
@@ -575,7 +586,7 @@ func (q *Queue) wants(l *Layer, key store.Key, i int) {
 // hasPack reports whether a startup pack has brought what a start wants of the layer, or brings it.
 func (l *Layer) hasPack() bool {
 	p := l.arriving.Load()
-	return l.packed.Load() && (p == nil || p.idle() < packTrial && p.fast())
+	return l.packed.Load() && (p == nil || p.idle() < packStall && p.fast())
 }
 
 // expected reports whether a startup pack brings chunk i of the object, soon or not so soon.

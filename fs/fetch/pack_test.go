@@ -711,28 +711,37 @@ func TestPackSlow(t *testing.T) {
 	}
 }
 
-// Beside a pack that has stalled, misses have neighbours fetched as without a pack.
+// Beside a pack that has stalled, or brings a byte now and then, misses have neighbours fetched as without a pack.
 func TestPackStalls(t *testing.T) {
-	s := build(t, equal(80, 10000))
-	synctest.Test(t, func(t *testing.T) {
-		w := s.enter(t)
-		p := s.packOf(t, s.files...)
-		p.stall = p.frame(5) + 10
-		ctx, cancel := context.WithCancel(ctx)
-		var all sync.WaitGroup
-		all.Go(func() { w.q.Pack(ctx, p.x, p.at, p.open, false, w.layer) })
-		time.Sleep(2 * packTrial)
-		for i := range 40 {
-			w.want(s.files[39+i*17%40], 0, 10) // not in sequence
-			synctest.Wait()
-		}
-		if n := w.blob.requests(); n > 10 {
-			t.Errorf("%d requests for 40 files", n)
-		}
-		cancel()
-		all.Wait()
-		w.nothingLeft()
-	})
+	s := build(t, equal(80, 100000))
+	for name, c := range map[string]struct{ pace, trick time.Duration }{
+		"nothing":                      {400 * time.Microsecond, 0}, // 10 MB/s before, for 0.42 s
+		"a byte a second":              {400 * time.Microsecond, time.Second},
+		"all at once, a byte a second": {time.Microsecond, time.Second},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := s.enter(t)
+				p := s.packOf(t, s.files...)
+				p.fault = func(int, int64, int64) fault { return fault{pace: c.pace} }
+				p.stall, p.trick = p.frame(70)+10, c.trick
+				ctx, cancel := context.WithCancel(ctx)
+				var all sync.WaitGroup
+				all.Go(func() { w.q.Pack(ctx, p.x, p.at, p.open, false, w.layer) })
+				time.Sleep(420*time.Millisecond + time.Second + 50*time.Millisecond)
+				for i := range 40 {
+					time.Sleep(10 * time.Millisecond)
+					w.want(s.files[40+i*17%40], 0, 10) // not in sequence
+				}
+				if n := w.blob.requests(); n > 15 {
+					t.Errorf("%d requests for 40 files", n)
+				}
+				cancel()
+				all.Wait()
+				w.nothingLeft()
+			})
+		})
+	}
 }
 
 // A pack is given up when reads want what it has much later, or much that it has not, and do not wait for it.

@@ -35,7 +35,7 @@ type startup struct {
 // packOf makes a pack of files of the layer, in their order.
 func (s *sample) packOf(t testing.TB, files ...file) *startup {
 	t.Helper()
-	var b pack.Builder
+	b := pack.Builder{FrameSize: 64 << 10}
 	for _, f := range files {
 		for i := range s.toc.Entries {
 			e := &s.toc.Entries[i]

@@ -15,6 +15,7 @@ package pack
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/sha256"
 	"encoding/binary"
 	"encoding/hex"
@@ -243,6 +244,8 @@ func noEOF(err error) error {
 type Builder struct {
 	// Quick makes the pack in a quarter of the time, and some 6 % larger: for one that is a guess.
 	Quick bool
+	// FrameSize is how many bytes share a frame, unless one chunk is larger. Zero is 1 MiB.
+	FrameSize int
 
 	tables []Table
 	bytes  [][]byte // of the tables
@@ -264,9 +267,9 @@ type frame struct {
 	packed []byte
 }
 
-// frameTarget is how many bytes share a frame, unless one chunk is larger: so many that small files compress well together, and so
-// few that nobody waits long for the neighbours of what he wants.
-const frameTarget = 64 << 10
+// frameTarget is how many bytes share a frame: so many that files compress well together, and so few that nobody waits long for the neighbours of
+// what he wants, 30 ms at 100 Mbit/s. A pack of py has 26.6 MB with 64 KiB, 25.8 with 512 KiB and 25.0 with 1 MiB, which is 130 ms less to wait for its end.
+const frameTarget = 1 << 20
 
 // Table adds a layer's table of contents, compressed as it lies in the layer's blob.
 func (b *Builder) Table(digest toc.Digest, compressed []byte) {
@@ -277,7 +280,8 @@ func (b *Builder) Table(digest toc.Digest, compressed []byte) {
 // Chunk adds chunk i of the object named key, whose bytes are p. Chunks come in the order of their first touch. path is one
 // of the object's, from the root, or "" if it is unknown; what the first chunk of an object says counts.
 func (b *Builder) Chunk(key toc.Digest, i int, path string, p []byte) error {
-	if len(b.pending) > 0 && len(b.pending)+len(p) > frameTarget {
+	size := cmp.Or(b.FrameSize, frameTarget)
+	if len(b.pending) > 0 && len(b.pending)+len(p) > size {
 		if err := b.flush(); err != nil {
 			return err
 		}
@@ -293,7 +297,7 @@ func (b *Builder) Chunk(key toc.Digest, i int, path string, p []byte) error {
 	}
 	b.chunks = append(b.chunks, Chunk{object, i, len(p)})
 	b.pending = append(b.pending, p...)
-	if len(b.pending) >= frameTarget {
+	if len(b.pending) >= size {
 		return b.flush()
 	}
 	return nil

@@ -22,6 +22,8 @@ type piece struct {
 	p   []byte
 }
 
+const testFrame = 64 << 10
+
 // pathOf says of every other object where it lies.
 func pathOf(key toc.Digest) string {
 	if key[0]&1 == 0 {
@@ -32,7 +34,7 @@ func pathOf(key toc.Digest) string {
 
 func build(t testing.TB, tables [][]byte, pieces []piece) []byte {
 	t.Helper()
-	var b Builder
+	b := Builder{FrameSize: testFrame}
 	for _, x := range tables {
 		b.Table(sha256.Sum256(x), x)
 	}
@@ -60,7 +62,7 @@ func pieces(n int) (list []piece) {
 			}
 		}
 		if i == 7 {
-			p = bytes.Repeat(p, 1+4*frameTarget/len(p))
+			p = bytes.Repeat(p, 1+4*testFrame/len(p))
 		}
 		list = append(list, piece{sha256.Sum256([]byte{byte(i)}), i % 5, p})
 	}
@@ -99,7 +101,7 @@ func TestRoundTrip(t *testing.T) {
 		if f.Size == f.Inflated {
 			plain++
 		}
-		if f.Inflated > frameTarget && len(f.Chunks) > 1 {
+		if f.Inflated > testFrame && len(f.Chunks) > 1 {
 			t.Errorf("a frame of %d chunks has %d bytes", len(f.Chunks), f.Inflated)
 		}
 		for _, c := range f.Chunks {
@@ -133,7 +135,7 @@ func TestRoundTrip(t *testing.T) {
 func TestQuick(t *testing.T) {
 	var text strings.Builder
 	r := rand.New(rand.NewPCG(1, 2))
-	for text.Len() < frameTarget {
+	for text.Len() < testFrame {
 		fmt.Fprintf(&text, "word%d of %d\n", r.IntN(1000), r.IntN(50))
 	}
 	size := func(quick bool) int64 {

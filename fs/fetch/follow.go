@@ -35,7 +35,7 @@ func (q *Queue) bring(wants []Want, parks bool, layers []*Layer) AheadStats {
 	// What lies between stays compressed, so it costs the link alone, and a request costs a round trip: so up to half of what comes in
 	// one. What lies around is of the same folder: a quarter of the requests less, and a third of the reads that wait.
 	window := q.link.window()
-	for _, s := range stretches(layers, w.batch, max(window/2, maxLeap)) {
+	for _, s := range w.stretches(max(window/2, maxLeap)) {
 		if s.parks = parks; parks {
 			q.widen(&s, window/8)
 		}

@@ -131,15 +131,15 @@ type stretch struct {
 	parks  bool  // nor is what is wanted decoded before somebody asks for it
 }
 
-// stretches puts members together that lie close to each other, with at most leap bytes between.
-func stretches(layers []*Layer, batch []memberID, leap int64) (list []stretch) {
+// stretches puts members of the batch together that lie close to each other, with at most leap bytes between.
+func (w *wanting) stretches(leap int64) (list []stretch) {
 	rank := map[memberID]int{}
-	for i, id := range batch {
+	for i, id := range w.batch {
 		rank[id] = i
 	}
-	sorted := slices.Clone(batch)
+	sorted := slices.Clone(w.batch)
 	slices.SortFunc(sorted, func(a, b memberID) int {
-		return cmp.Or(cmp.Compare(slices.Index(layers, a.layer), slices.Index(layers, b.layer)), cmp.Compare(a.member, b.member))
+		return cmp.Or(cmp.Compare(slices.Index(w.layers, a.layer), slices.Index(w.layers, b.layer)), cmp.Compare(a.member, b.member))
 	})
 	for _, id := range sorted {
 		start, end := id.layer.Table.Member(id.member)
@@ -161,7 +161,7 @@ func stretches(layers []*Layer, batch []memberID, leap int64) (list []stretch) {
 
 // send asks for the batch.
 func (w *wanting) send(ctx context.Context) error {
-	for _, s := range stretches(w.layers, w.batch, maxLeap) {
+	for _, s := range w.stretches(maxLeap) {
 		keep := aheadRuns - 1
 		if w.flying < aheadBytes {
 			keep = aheadRequests - 1

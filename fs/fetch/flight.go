@@ -150,16 +150,9 @@ func (q *Queue) demand(o *Object, src source, first, last int, usePack bool) []*
 				to++
 			}
 		}
-		start, _ := l.Table.Member(m)
-		_, end := l.Table.Member(to - 1)
 		waits = true
 		q.wants(l, o.key, i)
-		window := q.window(l, m, to)
-		if !l.hasPack() { // else what a start wants of the rest comes with the pack, or came
-			window = max(window, restOf(src, to))
-		}
-		begun, next := q.startRun(l, m, l.Table.NumMembers(), end-start+window, demand, to)
-		for _, f := range begun {
+		for _, f := range q.startMiss(src, m, to) {
 			if f.id.member >= to {
 				break
 			}
@@ -170,10 +163,6 @@ func (q *Queue) demand(o *Object, src source, first, last int, usePack bool) []*
 				}
 			}
 			f.release() // startRun's
-		}
-		if len(begun) > 0 && next < l.Table.NumMembers() && q.had(l, next) {
-			reached, _ := l.Table.Member(next)
-			q.startBefore(l, begun[0].id.member, end+window-reached)
 		}
 		if flights[i-first] == nil { // somebody else began it meanwhile; nil if it arrived too
 			flights[i-first], _ = q.join(l, m)
@@ -242,6 +231,24 @@ func (q *Queue) window(l *Layer, first, end int) int64 {
 	l.streams[l.turn] = stream{l.memberAt(end, window), window}
 	l.turn = (l.turn + 1) % len(l.streams)
 	return window
+}
+
+// startMiss begins to fetch members m to to-1 of the source's layer, for which somebody is going to wait, and what lies around them within the window. It
+// returns their flights, and those of what lies behind them, as startRun does.
+func (q *Queue) startMiss(src source, m, to int) []*flight {
+	l := src.layer
+	start, _ := l.Table.Member(m)
+	_, end := l.Table.Member(to - 1)
+	window := q.window(l, m, to)
+	if !l.hasPack() { // else what a start wants of the rest comes with the pack, or came
+		window = max(window, restOf(src, to))
+	}
+	begun, next := q.startRun(l, m, l.Table.NumMembers(), end-start+window, demand, to)
+	if len(begun) > 0 && next < l.Table.NumMembers() && q.had(l, next) {
+		reached, _ := l.Table.Member(next)
+		q.startBefore(l, begun[0].id.member, end+window-reached)
+	}
+	return begun
 }
 
 // startBefore begins to fetch the members before m that are neither here nor on their way, about size bytes of the blob from the last that
